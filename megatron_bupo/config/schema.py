@@ -1,0 +1,173 @@
+"""Every knob, with its unit, default and meaning. YAML files hold deltas to these; nothing else holds defaults.
+
+No torch here: a config is read, checked and printed before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to train: a Hugging Face checkpoint directory, loaded online under any layout."""
+
+    path: str = "???"
+    tokenizer: str | None = None  # directory; None: model.path
+    dtype: str = "float32"  # of parameters and activations on the actor: float32 | bfloat16
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts: JSONL, parquet, CSV files or a hub id, read by `datasets`."""
+
+    train: str = "???"
+    eval: str | None = None
+    prompt_column: str = "prompt"  # a string or a list of chat messages; `a.b` looks inside a struct
+    answer_column: str = "answer"
+    system_prompt: str | None = None
+    chat_template: bool | None = None  # None: yes for chat messages, no for strings
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. enable_thinking: false
+    max_prompt_tokens: int = 1024  # longer prompts are dropped, with a count
+    shuffle: bool = True
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Responses are always sampled from the full policy."""
+
+    engine: str = "embedded"
+    prompts_per_step: int = 128
+    responses_per_prompt: int = 8
+    max_response_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 256  # responses that the embedded engine decodes at a time, per rank
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How responses are graded."""
+
+    function: str = "math"  # math | exact_match | package.module:function | path/to/file.py:function
+    timeout_s: float = 5.0  # per rollout; then reward 0 and a counted warning
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """From rewards to a loss. The defaults are the GRPO of the BuPO paper's runs (spec: Table 8, scripts)."""
+
+    advantage: str = "grpo"
+    normalize_by_std: bool = True  # (R - mean) / (std + 1e-6), unbiased std; false: R - mean
+    loss: str = "clipped"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = 10.0  # bound on the ratio's weight where A < 0; None: off
+    loss_aggregation: str = "token_mean"  # token_mean | sequence_mean (the paper's equation)
+    minibatches: int = 4  # optimizer updates per step
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of a bottom-up schedule: train internal layer `layer` for `steps` steps."""
+
+    layer: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class BupoConfig:
+    """Which policy a step trains. `internal_steps: 0` is plain GRPO, exactly."""
+
+    target_layer: int | None = None  # counted from 1, as in the paper
+    internal_steps: int = 0
+    stages: list[StageConfig] = field(default_factory=list)  # instead of the two above: bottom-up stages
+    read_out_norm: bool = False  # apply the final norm before the unembedding (the paper's ablation)
+    # Adam's state when layers begin to train at a phase switch; see algorithm/bupo.py
+    optimizer_at_switch: str = "per_layer_step"  # per_layer_step | common_step | reset
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule; units: one step of the loop."""
+
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    decay: str = "constant"  # constant | linear | cosine, from the end of warm-up to the last step
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_grad: float = 1.0  # global gradient norm
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The actor's layout over ranks."""
+
+    tp: int = 1  # tensor-parallel size
+    pp: int = 1  # pipeline-parallel size
+    vpp: int = 1  # model chunks per pipeline stage (interleaved schedule)
+    dp: int | None = None  # data-parallel size; None: what the number of ranks leaves (1 on a laptop)
+    sp: bool = False  # sequence parallelism in the tensor-parallel group
+    distributed_optimizer: bool = False
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How the actor works through a minibatch."""
+
+    microbatch_size: int = 8  # responses per forward-backward
+    logprob_chunk_tokens: int = 1024  # rows of logits that exist at a time
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a killed run resumes from, and what a finished one leaves."""
+
+    every: int = 20  # steps between checkpoints
+    keep: int = 2  # most recent checkpoints kept
+    export_hf: bool = True  # write the final policy as an HF checkpoint to run_dir/hf
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Accuracy on data.eval while training, sampled from the full policy."""
+
+    every: int = 0  # steps; 0: never
+    responses_per_prompt: int = 1
+    temperature: float = 1.0
+    max_prompts: int | None = None
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Metrics always go to run_dir/metrics.jsonl."""
+
+    tensorboard: bool = True
+    progress: bool = True  # a live display in a terminal, a line per step elsewhere
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    run_dir: str = "runs/bupo"
+    steps: int = 300
+    seed: int = 0
+    prepare: str | None = None  # module:function called with the config before the first check; makes what is missing
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    bupo: BupoConfig = field(default_factory=BupoConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    megatron: dict[str, Any] = field(default_factory=dict)  # native TransformerConfig, DDP and optimizer fields
+    sglang: dict[str, Any] = field(default_factory=dict)  # native server options

@@ -1,0 +1,117 @@
+"""What travels between the rooms of the house: plain frozen records, no torch at import time.
+
+A worked example, two prompts with two responses each (`|` marks where the response begins)::
+
+    Prompt(index=7, input_ids=(4, 10, 9, 11), answer="13", text="4+9=")
+    Rollout(prompt, response_ids=(1, 3, 14), text="13$", finish_reason="stop", ...)
+    RolloutGroup(prompt, (rollout, rollout))                    # `responses_per_prompt` of them
+
+    TokenBatch  input_ids       [[4, 10, 9, 11 | 1,  3, 14],    # [responses, tokens], right-padded
+                                 [4, 10, 9, 11 | 2, 14,  0], ...]
+                response_mask   [[0,  0, 0,  0 | 1,  1,  1],    # True on response tokens
+                                 [0,  0, 0,  0 | 1,  1,  0], ...]
+
+Every `[responses, tokens]` tensor is aligned with `input_ids`: entry `[i, t]` speaks of token `t` of
+response `i`. So `logprobs[i, t]` is the log-probability (nats) of that token given the tokens before
+it, and is defined where `response_mask[i, t]` is True; elsewhere it is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question. `index` is its row in the data set and identifies it for good."""
+
+    index: int
+    input_ids: tuple[int, ...]
+    answer: str
+    text: str
+    row: Mapping[str, Any] | None = None  # the whole data row, for reward functions that ask for it
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. Equal `seed`s draw equal responses, whatever the number of ranks."""
+
+    responses_per_prompt: int
+    max_response_tokens: int
+    temperature: float
+    seed: int
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One prompt with one sampled response."""
+
+    prompt: Prompt
+    response_ids: tuple[int, ...]  # includes the stop token where finish_reason is "stop"
+    text: str  # the response decoded, without special tokens
+    rollout_logprobs: tuple[float, ...]  # nats, per response token, under the sampling distribution
+    entropies: tuple[float, ...]  # nats, of the distributions those tokens were drawn from
+    finish_reason: FinishReason
+    policy_version: int  # updates that the engine's weights had seen
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """All rollouts of one prompt."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True)
+class Grade:
+    """A grader's verdict on one rollout. A grader that failed or hung leaves reward 0 and says why."""
+
+    reward: float
+    warning: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Responses as tensors, ready for the actor; all fields `[responses, tokens]`, aligned with `input_ids`."""
+
+    input_ids: Tensor  # int64, right-padded
+    response_mask: Tensor  # bool
+    rollout_logprobs: Tensor  # fp32, nats
+    advantages: Tensor  # fp32
+    old_logprobs: Tensor | None = None  # fp32, nats; of the policy that this step trains
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def response_tokens(self) -> int:
+        """Number of response tokens in the batch."""
+        return int(self.response_mask.sum())
+
+    def rows(self, index: Any) -> TokenBatch:
+        """The batch of the responses `index` (a slice or an index tensor)."""
+        picked = {
+            f.name: None if (value := getattr(self, f.name)) is None else value[index]
+            for f in fields(self)
+        }
+        return TokenBatch(**picked)
+
+    def with_old_logprobs(self, old_logprobs: Tensor) -> TokenBatch:
+        """The same batch with the log-probs that the ratio divides by, `[responses, tokens]` nats."""
+        return replace(self, old_logprobs=old_logprobs)
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What one optimizer update did; all numbers are global over ranks and micro-batches."""
+
+    metrics: Mapping[str, float]  # `update/...`
