@@ -1,4 +1,5 @@
-"""Every knob, with its unit, default and meaning. YAML files hold deltas to these; nothing else holds defaults.
+"""Every knob, with its unit, default and meaning. YAML files hold deltas to these; nothing else
+holds defaults.
 
 No torch here: a config is read, checked and printed before anything heavy is imported.
 """
@@ -24,11 +25,15 @@ class DataConfig:
 
     train: str = "???"
     eval: str | None = None
-    prompt_column: str = "prompt"  # a string or a list of chat messages; `a.b` looks inside a struct
+    prompt_column: str = (
+        "prompt"  # a string or a list of chat messages; `a.b` looks inside a struct
+    )
     answer_column: str = "answer"
     system_prompt: str | None = None
     chat_template: bool | None = None  # None: yes for chat messages, no for strings
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. enable_thinking: false
+    chat_template_kwargs: dict[str, Any] = field(
+        default_factory=dict
+    )  # e.g. enable_thinking: false
     max_prompt_tokens: int = 1024  # longer prompts are dropped, with a count
     shuffle: bool = True
 
@@ -50,13 +55,15 @@ class RolloutConfig:
 class RewardConfig:
     """How responses are graded."""
 
-    function: str = "math"  # math | exact_match | package.module:function | path/to/file.py:function
+    function: str = (
+        "math"  # math | exact_match | package.module:function | path/to/file.py:function
+    )
     timeout_s: float = 5.0  # per rollout; then reward 0 and a counted warning
 
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """From rewards to a loss. The defaults are the GRPO of the BuPO paper's runs (spec: Table 8, scripts)."""
+    """From rewards to a loss. Defaults: the GRPO of the BuPO paper's runs (Table 8, scripts)."""
 
     advantage: str = "grpo"
     normalize_by_std: bool = True  # (R - mean) / (std + 1e-6), unbiased std; false: R - mean
@@ -82,10 +89,21 @@ class BupoConfig:
 
     target_layer: int | None = None  # counted from 1, as in the paper
     internal_steps: int = 0
-    stages: list[StageConfig] = field(default_factory=list)  # instead of the two above: bottom-up stages
-    read_out_norm: bool = False  # apply the final norm before the unembedding (the paper's ablation)
+    stages: list[StageConfig] = field(
+        default_factory=list
+    )  # instead of the two above: bottom-up stages
+    read_out_norm: bool = (
+        False  # apply the final norm before the unembedding (the paper's ablation)
+    )
     # Adam's state when layers begin to train at a phase switch; see algorithm/bupo.py
     optimizer_at_switch: str = "per_layer_step"  # per_layer_step | common_step | reset
+
+    def phases(self) -> list[tuple[int, int]]:
+        """The internal phases as `(layer, steps)`, bottom-up; none: GRPO."""
+        stages = [(stage.layer, stage.steps) for stage in self.stages]
+        if not stages and self.target_layer is not None:
+            stages = [(self.target_layer, self.internal_steps)]
+        return [(layer, steps) for layer, steps in stages if steps]
 
 
 @dataclass(frozen=True)
@@ -109,7 +127,9 @@ class ParallelConfig:
     tp: int = 1  # tensor-parallel size
     pp: int = 1  # pipeline-parallel size
     vpp: int = 1  # model chunks per pipeline stage (interleaved schedule)
-    dp: int | None = None  # data-parallel size; None: what the number of ranks leaves (1 on a laptop)
+    dp: int | None = (
+        None  # data-parallel size; None: what the number of ranks leaves (1 on a laptop)
+    )
     sp: bool = False  # sequence parallelism in the tensor-parallel group
     distributed_optimizer: bool = False
 
@@ -156,7 +176,9 @@ class Config:
     run_dir: str = "runs/bupo"
     steps: int = 300
     seed: int = 0
-    prepare: str | None = None  # module:function called with the config before the first check; makes what is missing
+    prepare: str | None = (
+        None  # module:function called with the config before the first check; makes what is missing
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -169,5 +191,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    megatron: dict[str, Any] = field(default_factory=dict)  # native TransformerConfig, DDP and optimizer fields
+    megatron: dict[str, Any] = field(
+        default_factory=dict
+    )  # native TransformerConfig, DDP and optimizer fields
     sglang: dict[str, Any] = field(default_factory=dict)  # native server options

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoint directories as they lie on disk, read without torch."""

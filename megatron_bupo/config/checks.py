@@ -1,0 +1,292 @@
+"""Do the settings fit together, and the ranks, and the model? Each rule also says the way out.
+
+`check` needs the config alone and runs before anything heavy is imported; `check_against_model`
+adds what config.json knows. Rules run in order, and the first that does not hold is the error a
+user sees.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+from megatron_bupo.config.layout import Layout, check_layers_divide, parallel_sizes
+from megatron_bupo.config.load import flatten
+from megatron_bupo.config.native_keys import refuse_owned_keys
+from megatron_bupo.config.schema import Config
+from megatron_bupo.errors import InputError
+
+__all__ = ["Layout", "check", "check_against_model", "parallel_sizes"]
+
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "rollout.engine": ("embedded",),
+    "algorithm.advantage": ("grpo",),
+    "algorithm.loss": ("clipped",),
+    "algorithm.loss_aggregation": ("token_mean", "sequence_mean"),
+    "bupo.optimizer_at_switch": ("per_layer_step", "common_step", "reset"),
+    "optimizer.decay": ("constant", "linear", "cosine"),
+}
+
+# (what a number must be, test, keys); a null passes where the schema allows it
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "at least 1",
+        lambda x: x >= 1,
+        """steps data.max_prompt_tokens rollout.prompts_per_step rollout.responses_per_prompt
+        rollout.max_response_tokens rollout.batch_size algorithm.minibatches bupo.target_layer
+        parallel.tp parallel.pp parallel.vpp parallel.dp trainer.microbatch_size
+        trainer.logprob_chunk_tokens checkpoint.every checkpoint.keep
+        evaluation.responses_per_prompt evaluation.max_prompts""",
+    ),
+    (
+        "at least 0",
+        lambda x: x >= 0,
+        """seed bupo.internal_steps optimizer.lr optimizer.min_lr optimizer.warmup_steps
+        optimizer.weight_decay evaluation.every""",
+    ),
+    (
+        "greater than 0",
+        lambda x: x > 0,
+        """rollout.temperature evaluation.temperature reward.timeout_s algorithm.clip_high
+        optimizer.eps optimizer.clip_grad""",
+    ),
+    ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "rollout.top_p"),
+    ("between 0 and 1, both excluded", lambda x: 0 < x < 1, "algorithm.clip_low"),
+    ("greater than 1, or null for no dual clip", lambda x: x > 1, "algorithm.dual_clip"),
+)
+
+
+class ModelSizes(Protocol):
+    """The part of `hf.architecture.Architecture` that is checked; config does not import hf."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def ffn_size(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
+
+
+def check(config: Config, world_size: int | None) -> Layout:
+    """All rules that need no files; the layout over `world_size` ranks (None: no torchrun)."""
+    _choices_are_known(config)
+    _numbers_are_in_range(config)
+    _betas_are_in_range(config)
+    _learning_rate_decays(config)
+    _groups_can_be_compared(config)
+    _schedule_is_one_of_two_kinds(config)
+    _stages_go_bottom_up(config)
+    _interleaving_needs_a_pipeline(config)
+    _sequence_parallelism_needs_tensor_parallelism(config)
+    _evaluation_has_data(config)
+    refuse_owned_keys(config.megatron)
+    layout = parallel_sizes(config, world_size)
+    _batch_divides(config, layout)
+    return layout
+
+
+def check_against_model(config: Config, model: ModelSizes) -> None:
+    """The rules that need the model's sizes."""
+    _layers_are_internal(config, model.layers)
+    check_layers_divide(model.layers, config)
+    _tensor_parallelism_divides(config, model)
+    _sequences_fit(config, model)
+
+
+def _choices_are_known(config: Config) -> None:
+    values = flatten(config)
+    for key, choices in CHOICES.items():
+        value = str(values[key])
+        if value not in choices:
+            near = difflib.get_close_matches(value, choices, n=1, cutoff=0)[0]
+            raise InputError(
+                f"{key}={value}",
+                f"is not one of {', '.join(choices)}",
+                f"the nearest is {near}",
+            )
+
+
+def _numbers_are_in_range(config: Config) -> None:
+    values = flatten(config)
+    for expected, holds, keys in RANGES:
+        for key in keys.split():
+            value = values[key]
+            if value is None:
+                continue
+            assert isinstance(value, int | float)
+            if not (holds(value) and math.isfinite(value)):
+                raise InputError(f"{key}={value}", "is out of range", f"must be {expected}")
+
+
+def _betas_are_in_range(config: Config) -> None:
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise InputError(
+            f"optimizer.betas={list(config.optimizer.betas)}",
+            "is out of range",
+            "each must be at least 0 and less than 1",
+        )
+
+
+def _learning_rate_decays(config: Config) -> None:
+    optimizer = config.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        raise InputError(
+            f"optimizer.min_lr={optimizer.min_lr}",
+            f"is above optimizer.lr={optimizer.lr}",
+            f"choose at most {optimizer.lr}",
+        )
+
+
+def _groups_can_be_compared(config: Config) -> None:
+    if config.algorithm.advantage == "grpo" and config.rollout.responses_per_prompt < 2:
+        raise InputError(
+            f"rollout.responses_per_prompt={config.rollout.responses_per_prompt}",
+            "grpo compares the responses to one prompt with each other",
+            "choose at least 2",
+        )
+
+
+def _schedule_is_one_of_two_kinds(config: Config) -> None:
+    bupo = config.bupo
+    if bupo.stages and (bupo.target_layer is not None or bupo.internal_steps):
+        raise InputError(
+            f"bupo.stages with bupo.target_layer={bupo.target_layer}, "
+            f"bupo.internal_steps={bupo.internal_steps}",
+            "are two descriptions of one schedule",
+            "give bupo.stages alone, or the other two and bupo.stages=[]",
+        )
+    if bupo.internal_steps and not bupo.stages and bupo.target_layer is None:
+        raise InputError(
+            f"bupo.internal_steps={bupo.internal_steps}",
+            "the internal phase has no layer to train",
+            "set bupo.target_layer, or bupo.internal_steps=0 for GRPO",
+        )
+
+
+def _stages_go_bottom_up(config: Config) -> None:
+    below = 0
+    for i, stage in enumerate(config.bupo.stages):
+        if stage.layer < 1 or stage.steps < 1:
+            raise InputError(
+                f"bupo.stages[{i}]={{layer: {stage.layer}, steps: {stage.steps}}}",
+                "layers and steps are counted from 1",
+                "give both, each at least 1",
+            )
+        if stage.layer < below:
+            raise InputError(
+                f"bupo.stages[{i}]={{layer: {stage.layer}, steps: {stage.steps}}}",
+                f"comes after layer {below}, but stages go bottom-up",
+                "order the stages by layer",
+            )
+        below = stage.layer
+
+
+def _interleaving_needs_a_pipeline(config: Config) -> None:
+    if config.parallel.vpp > 1 and config.parallel.pp == 1:
+        raise InputError(
+            f"parallel.vpp={config.parallel.vpp}",
+            "chunks are interleaved over pipeline stages, and parallel.pp=1",
+            "set parallel.pp to 2 or more, or parallel.vpp=1",
+        )
+
+
+def _sequence_parallelism_needs_tensor_parallelism(config: Config) -> None:
+    if config.parallel.sp and config.parallel.tp == 1:
+        raise InputError(
+            "parallel.sp=true",
+            "splits sequences over the tensor-parallel ranks, and parallel.tp=1",
+            "set parallel.tp to 2 or more, or parallel.sp=false",
+        )
+
+
+def _evaluation_has_data(config: Config) -> None:
+    if config.evaluation.every and config.data.eval is None:
+        raise InputError(
+            f"evaluation.every={config.evaluation.every}",
+            "there is nothing to evaluate on",
+            "set data.eval, or evaluation.every=0",
+        )
+
+
+def _batch_divides(config: Config, layout: Layout) -> None:
+    """A step's responses split evenly into minibatches, ranks and microbatches."""
+    prompts, minibatches = config.rollout.prompts_per_step, config.algorithm.minibatches
+    if prompts % minibatches:
+        raise InputError(
+            f"rollout.prompts_per_step={prompts}",
+            f"does not divide into algorithm.minibatches={minibatches}",
+            f"choose rollout.prompts_per_step={_next_multiple(prompts, minibatches)}",
+        )
+    responses = prompts * config.rollout.responses_per_prompt // minibatches
+    microbatch = config.trainer.microbatch_size
+    if responses % (layout.dp * microbatch) == 0:
+        return
+    if responses % layout.dp == 0:
+        share = responses // layout.dp
+        fits = next(size for size in range(min(share, microbatch), 0, -1) if share % size == 0)
+        way_out = f"choose trainer.microbatch_size={fits}"
+    else:
+        per_prompt = config.rollout.responses_per_prompt
+        unit = math.lcm(per_prompt, layout.dp * microbatch) // per_prompt * minibatches
+        way_out = f"choose rollout.prompts_per_step={_next_multiple(prompts, unit)}"
+    raise InputError(
+        f"trainer.microbatch_size={microbatch}",
+        f"a minibatch has {responses} responses (rollout.prompts_per_step={prompts} x "
+        f"rollout.responses_per_prompt={config.rollout.responses_per_prompt} / "
+        f"algorithm.minibatches={minibatches}), which {layout.dp} data-parallel ranks x "
+        f"{microbatch} do not divide",
+        way_out,
+    )
+
+
+def _next_multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
+
+
+def _layers_are_internal(config: Config, layers: int) -> None:
+    named = [(f"bupo.stages[{i}].layer", s.layer) for i, s in enumerate(config.bupo.stages)]
+    if config.bupo.target_layer is not None:
+        named.append(("bupo.target_layer", config.bupo.target_layer))
+    for key, layer in named:
+        if 1 <= layer < layers:
+            continue
+        reason = f"the model has {layers} layers"
+        if layer == layers:
+            reason = f"is the last layer of a {layers}-layer model, whose policy is the full policy"
+        raise InputError(f"{key}={layer}", reason, f"choose 1..{layers - 1}")
+
+
+def _tensor_parallelism_divides(config: Config, model: ModelSizes) -> None:
+    tp = config.parallel.tp
+    sizes = {
+        "attention heads": model.heads,
+        "key-value heads": model.kv_heads,
+        "MLP channels": model.ffn_size,
+    }
+    for what, size in sizes.items():
+        if size % tp:
+            fits = [n for n in range(1, tp) if all(s % n == 0 for s in sizes.values())]
+            raise InputError(
+                f"parallel.tp={tp}",
+                f"does not divide the model's {size} {what}",
+                f"choose {' or '.join(map(str, fits))}",
+            )
+
+
+def _sequences_fit(config: Config, model: ModelSizes) -> None:
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    if prompt + response > model.max_positions:
+        raise InputError(
+            f"data.max_prompt_tokens={prompt}, rollout.max_response_tokens={response}",
+            f"together exceed the model's {model.max_positions} positions",
+            f"choose rollout.max_response_tokens={model.max_positions - prompt}"
+            if prompt < model.max_positions
+            else f"choose data.max_prompt_tokens < {model.max_positions}",
+        )

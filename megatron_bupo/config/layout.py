@@ -1,0 +1,115 @@
+"""Which rank holds which part of the model? Sizes of the groups, and the layers of every stage.
+
+Ranks are ordered as Megatron orders them: tensor-parallel fastest, then data-parallel, then
+pipeline. With `vpp` chunks per stage the layers are dealt out round by round: stage 0, 1, ... of
+chunk 0, then of chunk 1. Example, 8 layers on pp=2, vpp=2: stage 0 holds layers 1-2 and 5-6,
+stage 1 holds 3-4 and 7-8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_bupo.config.schema import Config
+from megatron_bupo.errors import InputError
+
+FIRST_STAGE_LAYERS = "num_layers_in_first_pipeline_stage"
+LAST_STAGE_LAYERS = "num_layers_in_last_pipeline_stage"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel groups; `world` = tp x pp x dp ranks."""
+
+    tp: int
+    pp: int
+    vpp: int
+    dp: int
+    world: int
+
+    def stage_ranks(self, stage: int) -> range:
+        """The ranks of pipeline stage `stage`, counted from 0."""
+        per_stage = self.tp * self.dp
+        return range(stage * per_stage, (stage + 1) * per_stage)
+
+    def tensor_groups(self) -> list[list[int]]:
+        """Ranks that share every layer's matrices."""
+        return [list(range(first, first + self.tp)) for first in range(0, self.world, self.tp)]
+
+    def data_groups(self) -> list[list[int]]:
+        """Ranks that hold the same weights and see different responses."""
+        stages = [self.stage_ranks(stage) for stage in range(self.pp)]
+        return [list(ranks[shard :: self.tp]) for ranks in stages for shard in range(self.tp)]
+
+
+def parallel_sizes(config: Config, world_size: int | None) -> Layout:
+    """The layout over `world_size` ranks; None: as many ranks as `parallel.*` asks for."""
+    parallel = config.parallel
+    model_ranks = parallel.tp * parallel.pp
+    if world_size is None:
+        world_size = model_ranks * (parallel.dp or 1)
+    if world_size % model_ranks:
+        raise InputError(
+            f"parallel.tp={parallel.tp}, parallel.pp={parallel.pp}",
+            f"{model_ranks} ranks hold the model once, which does not divide {world_size} ranks",
+            f"start a multiple of {model_ranks} ranks",
+        )
+    dp = world_size // model_ranks
+    if parallel.dp is not None and parallel.dp != dp:
+        raise InputError(
+            f"parallel.dp={parallel.dp}",
+            f"{world_size} ranks with parallel.tp={parallel.tp} and parallel.pp={parallel.pp} "
+            f"leave parallel.dp={dp}",
+            f"start {model_ranks * parallel.dp} ranks, or leave parallel.dp out",
+        )
+    return Layout(parallel.tp, parallel.pp, parallel.vpp, dp, world_size)
+
+
+def layers_of_stages(layers: int, layout: Layout, megatron: Mapping[str, Any]) -> list[list[range]]:
+    """`[stage][chunk]` -> layers, counted from 1. They must divide: `check_layers_divide`."""
+    sizes = stage_sizes(layers, layout.pp, megatron)
+    held: list[list[range]] = [[] for _ in sizes]
+    first = 1
+    for _ in range(layout.vpp):
+        for stage, size in enumerate(sizes):
+            held[stage].append(range(first, first + size // layout.vpp))
+            first += size // layout.vpp
+    return held
+
+
+def stage_sizes(layers: int, pp: int, megatron: Mapping[str, Any]) -> list[int]:
+    """Layers per stage; Megatron's keys for an uneven first or last stage are respected."""
+    first, last = megatron.get(FIRST_STAGE_LAYERS), megatron.get(LAST_STAGE_LAYERS)
+    even = pp - (first is not None) - (last is not None)
+    rest = layers - (first or 0) - (last or 0)
+    middle = [rest // even] * even if even > 0 else []
+    return [*([] if first is None else [first]), *middle, *([] if last is None else [last])]
+
+
+def check_layers_divide(layers: int, config: Config) -> None:
+    """Every chunk of every stage gets a whole number of layers, at least one."""
+    pp, vpp, megatron = config.parallel.pp, config.parallel.vpp, config.megatron
+    uneven = {
+        key: megatron[key]
+        for key in (FIRST_STAGE_LAYERS, LAST_STAGE_LAYERS)
+        if megatron.get(key) is not None
+    }
+    for key, value in uneven.items():
+        if type(value) is not int or value < 1:
+            raise InputError(f"megatron.{key}={value}", "is not a positive number of layers")
+    if uneven and pp <= 1:
+        raise InputError(f"megatron.{next(iter(uneven))}", "needs parallel.pp > 1", "remove it")
+    sizes = stage_sizes(layers, pp, megatron)
+    if sum(sizes) == layers and all(size >= vpp and size % vpp == 0 for size in sizes):
+        return
+    shown = f"parallel.pp={pp}" + (f", parallel.vpp={vpp}" if vpp > 1 else "")
+    shown += "".join(f", megatron.{key}={value}" for key, value in uneven.items())
+    possible = [n for n in range(1, layers + 1) if layers % (n * vpp) == 0]
+    raise InputError(
+        shown,
+        f"does not divide the model's {layers} layers",
+        f"choose parallel.pp from {', '.join(map(str, possible)) or 'none with this vpp'}, "
+        f"or set megatron.{FIRST_STAGE_LAYERS} and megatron.{LAST_STAGE_LAYERS}",
+    )

@@ -1,0 +1,228 @@
+"""Where do settings come from? Schema defaults, YAML deltas, `key=value` overrides; later wins.
+
+A YAML file may name others it builds on with `defaults: base.yaml` (or a list of files), relative
+to itself. Those may not have `defaults` of their own: what a run uses stands in two files at
+most, plus the command line. A key that the schema does not have is an error that names the
+nearest one; so is a value of the wrong type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_bupo.config.schema import Config
+from megatron_bupo.errors import InputError
+
+COMMAND_LINE = "command line"
+
+Setting = tuple[str, Any]  # dotted key, value
+
+
+def load_config(path: str | None, overrides: Sequence[str]) -> Config:
+    """The run that the YAML file `path` (None: no file) and the `key=value` overrides describe."""
+    merged = OmegaConf.structured(Config)
+    sources = [] if path is None else _read_with_defaults(Path(expand(path)))
+    for where, settings in [*sources, (COMMAND_LINE, _parse_overrides(overrides))]:
+        for key, value in settings:
+            merged = _set(merged, key, value, where)
+    for key in sorted(OmegaConf.missing_keys(merged)):
+        raise InputError(key, "has no value", f"set it in the YAML file or as {key}=...")
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # an interpolation `${...}` that leads nowhere
+        raise InputError(str(error.full_key), error.msg or "cannot be resolved") from None
+    assert isinstance(config, Config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """Every setting of `config`, in a form that `load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """Dotted key -> value; tuples as lists, so that it equals its own round trip through JSON."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    return dict(_leaves_of(plain, stop_at=frozenset()))
+
+
+def expand(path: str) -> str:
+    """`path` with a leading `~` expanded. A config keeps paths as written; openers call this."""
+    return os.path.expanduser(path)  # noqa: PTH111 - a Path would damage hub ids and URLs
+
+
+def _read_with_defaults(path: Path) -> list[tuple[str, Iterable[Setting]]]:
+    """The settings of `path`, those of the files it builds on first."""
+    child = _read_yaml(path)
+    names = child.pop("defaults", None) or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: defaults={names}", "is not a file name or a list of file names")
+    sources = []
+    for name in names:
+        parent = path.parent / expand(name)
+        delta = _read_yaml(parent)
+        if "defaults" in delta:
+            raise InputError(
+                f"{parent}: defaults={delta['defaults']}",
+                f"{path} already builds on this file, and inheritance is one level deep",
+                "merge the two, or list both under the `defaults` of the first file",
+            )
+        sources.append((str(parent), _leaves_of(delta, stop_at=frozenset(_schema()))))
+    return [*sources, (str(path), _leaves_of(child, stop_at=frozenset(_schema())))]
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(str(path), f"cannot be read ({reason})", "give a YAML file") from None
+    found = _parse_yaml(text, str(path))
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise InputError(str(path), "is not a mapping of settings", "write `section: {key: value}`")
+    return found
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    """The value of `text` in OmegaConf's YAML, where `1e-6` is a number and keys stand once."""
+    try:
+        wrapped = OmegaConf.from_dotlist([f"value={text}"])
+    except yaml.YAMLError as error:
+        raise InputError(where, f"is not valid YAML: {error}", "quote or correct it") from None
+    plain = OmegaConf.to_container(wrapped)
+    assert isinstance(plain, dict)
+    return plain["value"]
+
+
+def _parse_overrides(overrides: Sequence[str]) -> Iterator[Setting]:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"{override} ({COMMAND_LINE})", "is not of the form key=value")
+        yield key.strip(), _spaced(_parse_yaml(text, f"{override} ({COMMAND_LINE})"))
+
+
+def _spaced(value: Any) -> Any:
+    """`value` with `{layer:2}` read as `{layer: 2}`: YAML sees a key `layer:2` without a value."""
+    if isinstance(value, list):
+        return [_spaced(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    pairs: dict[Any, Any] = {}
+    for key, item in value.items():
+        name, colon, text = str(key).partition(":")
+        if item is None and colon:
+            pairs[name] = _parse_yaml(text, f"{key} ({COMMAND_LINE})")
+        else:
+            pairs[key] = _spaced(item)
+    return pairs
+
+
+def _leaves_of(
+    delta: Mapping[Any, Any], stop_at: frozenset[str], prefix: str = ""
+) -> Iterator[Setting]:
+    """The settings of a nested mapping; mappings at a key in `stop_at` are values themselves."""
+    for name, value in delta.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in stop_at:
+            yield from _leaves_of(value, stop_at, f"{key}.")
+        elif value is not None or key not in _sections():  # `model:` with nothing below it
+            yield key, value
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    """Dotted key -> type of every setting."""
+    return dict(_settings_of(Config, ""))
+
+
+def _settings_of(section: type, prefix: str) -> Iterator[Setting]:
+    for name, kind in get_type_hints(section).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _settings_of(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{name}", kind
+
+
+@cache
+def _sections() -> frozenset[str]:
+    return frozenset(key.rpartition(".")[0] for key in _schema() if "." in key)
+
+
+def _set(merged: DictConfig, key: str, value: Any, where: str) -> DictConfig:
+    """`merged` with `key` set to `value`; a mapping joins the one there, a list replaces it."""
+    kind = _kind(key, value, where)
+    nested = value
+    for name in reversed(key.split(".")):
+        nested = {name: nested}
+    try:
+        result = OmegaConf.merge(merged, nested)
+    except (OmegaConfBaseException, TypeError, ValueError):
+        reason = f"is not {_in_words(kind)}"
+        raise InputError(f"{key}={value} ({where})", reason, "correct the value") from None
+    assert isinstance(result, DictConfig)
+    return result
+
+
+def _kind(key: str, value: Any, where: str) -> Any:
+    """The schema's type at `key`; neither `key` nor a key inside `value` may be unknown."""
+    schema = _schema()
+    if key in schema:
+        kind = schema[key]
+        item = (get_args(kind) or (None,))[0]
+        if get_origin(kind) is list and dataclasses.is_dataclass(item) and isinstance(value, list):
+            fields = [field.name for field in dataclasses.fields(item)]
+            for unknown in (
+                k for row in value if isinstance(row, dict) for k in row if k not in fields
+            ):
+                raise _unknown(f"{key}.{unknown}", [f"{key}.{name}" for name in fields], where)
+        return kind
+    section = key.partition(".")[0]
+    if get_origin(schema.get(section)) is dict:
+        return Any
+    if key in _sections():
+        raise InputError(
+            f"{key}={value} ({where})", "is a section", f"set a key inside it, {key}.name"
+        )
+    parent = key.rpartition(".")[0]
+    if get_origin(schema.get(parent)) is dict:
+        return Any
+    raise _unknown(key, [*schema, *_sections()], where)
+
+
+def _unknown(key: str, known: Sequence[str], where: str) -> InputError:
+    """Nearest by name; a key in the wrong section counts as nearer than one with other letters."""
+    leaf = key.rpartition(".")[2]
+    same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
+    near = difflib.get_close_matches(key, same_leaf or known, n=1, cutoff=0)
+    return InputError(f"{key} ({where})", "unknown key", f"the nearest key is {near[0]}")
+
+
+def _in_words(kind: Any) -> str:
+    """A type as a user would say it."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if kind in words:
+        return words[kind]
+    arguments = get_args(kind)
+    if type(None) in arguments:
+        return f"{_in_words(arguments[0])} or null"
+    if get_origin(kind) is tuple:
+        return f"a list of {len(arguments)} numbers"
+    if get_origin(kind) is list:
+        fields = ", ".join(field.name for field in dataclasses.fields(arguments[0]))
+        return f"a list of {{{fields}}}"
+    return "a mapping of settings"

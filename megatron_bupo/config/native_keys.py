@@ -1,0 +1,81 @@
+"""Which of Megatron-Core's own names `megatron.*` may not set, and what to set instead.
+
+Everything else passes through. A name stands here because one of our keys says the same thing,
+because the checkpoint decides it, or because it cannot work with a depth that changes between
+phases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_bupo.config.layout import FIRST_STAGE_LAYERS, LAST_STAGE_LAYERS
+from megatron_bupo.errors import InputError
+
+_OURS = {
+    "parallel.tp": "tensor_model_parallel_size",
+    "parallel.pp": "pipeline_model_parallel_size",
+    "parallel.vpp": "virtual_pipeline_model_parallel_size",
+    "parallel.sp": "sequence_parallel",
+    "parallel.distributed_optimizer": "use_distributed_optimizer",
+    "optimizer.lr": "lr",
+    "optimizer.min_lr": "min_lr",
+    "optimizer.weight_decay": "weight_decay",
+    "optimizer.clip_grad": "clip_grad",
+    "optimizer.betas": "adam_beta1 adam_beta2",
+    "optimizer.eps": "adam_eps",
+    "model.dtype": "bf16 fp16 params_dtype pipeline_dtype",
+}
+_CHECKPOINT = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
+    "add_bias_linear add_qkv_bias gated_linear_unit activation_func normalization "
+    "layernorm_epsilon layernorm_zero_centered_gamma qk_layernorm rotary_interleaved"
+)
+_UNEVEN = (
+    "this way of dealing out layers is not offered",
+    f"use megatron.{FIRST_STAGE_LAYERS} and megatron.{LAST_STAGE_LAYERS}",
+)
+_UNSUPPORTED = {
+    "enable_cuda_graph external_cuda_graph cuda_graph_impl": (
+        "captured graphs cannot follow the change of depth between phases",
+        "remove it",
+    ),
+    "mtp_num_layers": (
+        "multi-token-prediction heads read the last layer, which the internal phase does not run",
+        "remove it",
+    ),
+    "optimizer": ("only AdamW is offered", "remove it"),
+    "num_moe_experts": ("mixture-of-experts models are not loaded", "remove it"),
+    "context_parallel_size expert_model_parallel_size": (
+        "this dimension of parallelism is not offered",
+        "use parallel.tp, parallel.pp, parallel.dp",
+    ),
+    "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split": _UNEVEN,
+    "pipeline_model_parallel_layout": _UNEVEN,
+    "calculate_per_token_loss": (
+        "losses are always divided by the global token count",
+        "use algorithm.loss_aggregation",
+    ),
+}
+
+_REASONS: dict[str, tuple[str, str]] = {
+    **{
+        name: (f"{ours} says the same", f"set {ours} instead")
+        for ours, names in _OURS.items()
+        for name in names.split()
+    },
+    **dict.fromkeys(
+        _CHECKPOINT.split(),
+        ("the checkpoint's config.json decides it", "choose another model.path"),
+    ),
+    **{name: why for names, why in _UNSUPPORTED.items() for name in names.split()},
+}
+
+
+def refuse_owned_keys(passed: Mapping[str, Any]) -> None:
+    """The `megatron.*` keys of a run are Megatron's to know and not ours."""
+    for name, value in passed.items():
+        if name in _REASONS:
+            reason, way_out = _REASONS[name]
+            raise InputError(f"megatron.{name}={value}", reason, way_out)

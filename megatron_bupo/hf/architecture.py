@@ -1,0 +1,285 @@
+"""What model does config.json describe? Read for the families we load, else refused by name.
+
+transformers 4 and 5 write the same facts under different names (`rope_theta` and `rope_scaling`
+against `rope_parameters`, `torch_dtype` against `dtype`) and leave out what equals their class's
+default, so the defaults of transformers' config classes stand here too. A feature that would
+change the numbers and that the actor does not compute (YaRN, sliding windows, other activations,
+quantized weights) is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bupo.errors import InputError
+
+FAMILIES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
+
+_COMMON = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_QWEN = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_LLAMA = {
+    "vocab_size": 32000,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "eos_token_id": 2,
+}
+# What a key absent from config.json means, in transformers' Qwen2Config, Qwen3Config, LlamaConfig.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2": {**_COMMON, **_QWEN},
+    "qwen3": {**_COMMON, **_QWEN, "head_dim": 128},
+    "llama": {**_COMMON, **_LLAMA},
+}
+_ROPE_NUMBERS = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only transformer with RMSNorm, RoPE, gated SiLU MLP; sizes of the whole model."""
+
+    family: str  # qwen2 | qwen3 | llama
+    layers: int
+    hidden_size: int
+    ffn_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool  # the unembedding is the embedding
+    qkv_bias: bool
+    output_bias: bool  # of the attention's output projection
+    mlp_bias: bool
+    qk_norm: bool
+    norm_eps: float
+    rope_theta: float
+    # None, {"rope_type": "linear", "factor"} or {"rope_type": "llama3", "factor",
+    # "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, numbers as floats
+    rope_scaling: Mapping[str, Any] | None
+    max_positions: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    dtype: str  # of the weights on disk, e.g. bfloat16
+
+
+def read_architecture(model_dir: str | Path) -> Architecture:
+    """The architecture of the HF checkpoint directory `model_dir`."""
+    folder = existing_directory(model_dir)
+    path = folder / "config.json"
+    found = read_json_object(path)
+    family = _family(path, found)
+    raw = {**_DEFAULTS[family], **found}
+    _refuse_what_we_do_not_compute(path, raw)
+    heads, hidden_size = _size(path, raw, "num_attention_heads"), _size(path, raw, "hidden_size")
+    raw["num_key_value_heads"] = raw["num_key_value_heads"] or heads
+    raw["head_dim"] = raw["head_dim"] or _DEFAULTS[family]["head_dim"] or hidden_size // heads
+    rope_theta, rope_scaling = _rope(path, raw)
+    attention_bias = family != "qwen2" and _flag(path, raw, "attention_bias")
+    arch = Architecture(
+        family=family,
+        layers=_size(path, raw, "num_hidden_layers"),
+        hidden_size=hidden_size,
+        ffn_size=_size(path, raw, "intermediate_size"),
+        heads=heads,
+        kv_heads=_size(path, raw, "num_key_value_heads"),
+        head_dim=_size(path, raw, "head_dim"),
+        vocab_size=_size(path, raw, "vocab_size"),
+        tied=_flag(path, raw, "tie_word_embeddings"),
+        qkv_bias=family == "qwen2" or attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=family == "llama" and _flag(path, raw, "mlp_bias"),
+        qk_norm=family == "qwen3",
+        norm_eps=_number(path, raw, "rms_norm_eps"),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        max_positions=_size(path, raw, "max_position_embeddings"),
+        eos_token_ids=_eos_token_ids(folder, raw),
+        pad_token_id=raw["pad_token_id"],
+        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+    )
+    _check_consistency(path, arch)
+    return arch
+
+
+def existing_directory(model_dir: str | Path) -> Path:
+    """`model_dir` with `~` expanded, if it is a directory."""
+    folder = Path(model_dir).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(str(model_dir), "is a file", "give the directory of an HF checkpoint")
+    way_out = "give the directory of an HF checkpoint"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model_dir)):
+        way_out = (
+            "a hub id is not fetched here: download it with "
+            f"`hf download {model_dir} --local-dir DIR` and give DIR"
+        )
+    raise InputError(str(model_dir), "no such directory", way_out)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        way_out = "give the directory of a complete HF checkpoint"
+        raise InputError(str(path), "no such file", way_out) from None
+    except (OSError, ValueError) as error:
+        raise InputError(str(path), f"cannot be read as JSON ({error})", "restore it") from None
+    if not isinstance(found, dict):
+        raise InputError(str(path), "is not a JSON object", "restore it")
+    return found
+
+
+def _family(path: Path, raw: Mapping[str, Any]) -> str:
+    named = raw.get("architectures") or [
+        name for name, family in FAMILIES.items() if family == raw.get("model_type")
+    ]
+    known = [name for name in named if name in FAMILIES] if isinstance(named, list) else []
+    if known:
+        return FAMILIES[known[0]]
+    shown = f"architectures={raw.get('architectures')}"
+    if not raw.get("architectures"):
+        shown = f"model_type={raw.get('model_type')}"
+    raise InputError(
+        f"{path}: {shown}",
+        "this architecture cannot be loaded",
+        f"use one of {', '.join(FAMILIES)}; others through Megatron-Bridge are not offered yet",
+    )
+
+
+def _refuse_what_we_do_not_compute(path: Path, raw: Mapping[str, Any]) -> None:
+    if raw["hidden_act"] not in {"silu", "swish"}:
+        raise InputError(
+            f"{path}: hidden_act={raw['hidden_act']}",
+            "only the SiLU-gated MLP is computed",
+            "use a checkpoint whose activation is silu",
+        )
+    if raw.get("quantization_config"):
+        raise InputError(
+            f"{path}: quantization_config",
+            "quantized weights cannot be trained",
+            "use the float32 or bfloat16 checkpoint of this model",
+        )
+    layer_types = raw.get("layer_types")
+    if layer_types is None:
+        windowed = bool(raw.get("use_sliding_window") and raw["sliding_window"])
+        windowed = windowed and raw["max_window_layers"] < raw["num_hidden_layers"]
+    else:
+        windowed = any(kind != "full_attention" for kind in layer_types)
+    if windowed:
+        raise InputError(
+            f"{path}: sliding_window={raw.get('sliding_window')}",
+            "sliding-window attention is not computed",
+            "if prompt and response together are shorter than the window, remove layer_types "
+            "and set use_sliding_window to false",
+        )
+
+
+def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """RoPE's base and scaling; transformers 5 has both in one mapping, 4 the base beside it."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: rope_scaling={rope}", "is not a mapping", "restore config.json")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    merged = {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
+    merged |= {key: raw[key] for key in merged if raw.get(key) is not None}
+    merged |= {"original_max_position_embeddings": raw["max_position_embeddings"], **rope}
+    by_layer = any(isinstance(value, dict) for value in rope.values())
+    if by_layer or (kind != "default" and kind not in _ROPE_NUMBERS):
+        raise InputError(
+            f"{path}: rope_type={'one per layer type' if by_layer else kind}",
+            "this RoPE scaling is not computed",
+            f"use a checkpoint with {', '.join(_ROPE_NUMBERS)} or no scaling; a context extension "
+            "that was added to config.json by hand can be removed",
+        )
+    if _number(path, merged, "partial_rotary_factor") != 1:
+        raise InputError(
+            f"{path}: partial_rotary_factor={merged['partial_rotary_factor']}",
+            "rotating part of a head is not computed",
+            "use a checkpoint that rotates whole heads",
+        )
+    numbers = {key: _number(path, merged, key) for key in _ROPE_NUMBERS.get(kind, ())}
+    scaling = {"rope_type": kind, **numbers} if numbers else None
+    return _number(path, merged, "rope_theta"), scaling
+
+
+def _eos_token_ids(folder: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """Where a response ends: generation_config.json decides, config.json stands in for it."""
+    path = folder / "generation_config.json"
+    found = read_json_object(path).get("eos_token_id") if path.exists() else None
+    ids = raw["eos_token_id"] if found is None else found
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def _check_consistency(path: Path, arch: Architecture) -> None:
+    if arch.heads % arch.kv_heads:
+        raise InputError(
+            f"{path}: num_key_value_heads={arch.kv_heads}",
+            f"does not divide num_attention_heads={arch.heads}",
+            "restore the config.json of the checkpoint",
+        )
+    if arch.output_bias != arch.mlp_bias:
+        raise InputError(
+            f"{path}: attention_bias={arch.output_bias}, mlp_bias={arch.mlp_bias}",
+            "Megatron-Core gives a bias to both the attention's output and the MLP or to neither",
+            "use a checkpoint where they agree",
+        )
+
+
+def _size(path: Path, raw: Mapping[str, Any], key: str) -> int:
+    value = raw[key]
+    if type(value) is not int or value < 1:
+        raise InputError(
+            f"{path}: {key}={value}", "is not a positive integer", "restore config.json"
+        )
+    return value
+
+
+def _number(path: Path, raw: Mapping[str, Any], key: str) -> float:
+    value = raw.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise InputError(
+            f"{path}: {key}={value}", "is not a positive number", "restore config.json"
+        )
+    return float(value)
+
+
+def _flag(path: Path, raw: Mapping[str, Any], key: str) -> bool:
+    if not isinstance(raw[key], bool):
+        raise InputError(f"{path}: {key}={raw[key]}", "is not true or false", "restore config.json")
+    return raw[key]
