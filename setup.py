@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+PACKAGE = (HERE / "megatron_bupo" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'__version__ = "(.+)"', PACKAGE)[1]
+
+REQUIRES = [
+    "torch>=2.6",
+    "megatron-core>=0.16,<0.20",
+    # megatron-core needs the next two without saying so: where psutil is missing, saving a
+    # checkpoint hangs.
+    "psutil",
+    "einops",
+    "numpy",
+    "transformers>=4.56",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "omegaconf>=2.3",
+    "math-verify",
+    "pebble",
+    "rich",
+    "tensorboard",
+    "matplotlib",
+]
+
+EXTRAS = {
+    # NVIDIA's apex, which Megatron-Core uses where it finds it, comes with the NGC containers or
+    # from source. PyPI's `apex` is an unrelated package: never depend on it.
+    "gpu": ["transformer-engine[pytorch]"],
+    "sglang": ["sglang", "sglang-router"],
+    # nemo-run does not import beside newer leptonai
+    "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.47"],
+    # mbridge 0.15.1, a second implementation of weight conversion for the tests, is installed
+    # beside these by the Makefile with --no-deps.
+    "test": ["pytest>=8", "pytest-timeout"],
+    "dev": ["ruff>=0.17", "basedpyright>=1.40", "pre-commit"],
+}
+
+setup(
+    name="megatron-bupo",
+    version=VERSION,
+    description="Bottom-up Policy Optimization (BuPO) for LLMs on Megatron-Core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_bupo", "megatron_bupo.*"]),
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megatron-bupo = megatron_bupo.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
