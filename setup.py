@@ -22,6 +22,7 @@ REQUIRES = [
     "safetensors",
     "datasets",
     "omegaconf>=2.3",
+    "pyyaml",
     "math-verify",
     "pebble",
     "rich",
