@@ -31,7 +31,17 @@ MAY_IMPORT = {
     "bed": {"types", "config", "errors", "data", "hf"},
 }
 # What puts the parts together may import all of them.
-ON_TOP = {"__init__", "__main__", "build", "train", "score", "cli", "preflight", "launch"}
+ON_TOP = {
+    "__init__",
+    "__main__",
+    "build",
+    "train",
+    "score",
+    "cli",
+    "commands",
+    "preflight",
+    "launch",
+}
 
 # Packages of others that only one part of ours knows.
 ONLY_IN = {

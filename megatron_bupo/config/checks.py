@@ -45,12 +45,12 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "at least 0",
         lambda x: x >= 0,
         """seed bupo.internal_steps optimizer.lr optimizer.min_lr optimizer.warmup_steps
-        optimizer.weight_decay evaluation.every""",
+        optimizer.weight_decay evaluation.every evaluation.temperature""",
     ),
     (
         "greater than 0",
         lambda x: x > 0,
-        """rollout.temperature evaluation.temperature reward.timeout_s algorithm.clip_high
+        """rollout.temperature reward.timeout_s algorithm.clip_high
         optimizer.eps optimizer.clip_grad""",
     ),
     ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "rollout.top_p"),
@@ -74,7 +74,7 @@ class ModelSizes(Protocol):
     def max_positions(self) -> int: ...
 
 
-def check(config: Config, world_size: int | None) -> Layout:
+def check(config: Config, world_size: int | None, *, training: bool = True) -> Layout:
     """All rules that need no files; the layout over `world_size` ranks (None: no torchrun)."""
     _choices_are_known(config)
     _numbers_are_in_range(config)
@@ -88,16 +88,18 @@ def check(config: Config, world_size: int | None) -> Layout:
     _evaluation_has_data(config)
     refuse_owned_keys(config.megatron)
     layout = parallel_sizes(config, world_size)
-    _batch_divides(config, layout)
+    if training:
+        _batch_divides(config, layout)
     return layout
 
 
-def check_against_model(config: Config, model: ModelSizes) -> None:
-    """The rules that need the model's sizes."""
+def check_against_model(config: Config, model: ModelSizes, *, training: bool = True) -> None:
+    """The rules that need the model's sizes; scoring (not `training`) samples no responses."""
     _layers_are_internal(config, model.layers)
     check_layers_divide(model.layers, config)
     _tensor_parallelism_divides(config, model)
-    _sequences_fit(config, model)
+    if training:
+        _sequences_fit(config, model)
 
 
 def _choices_are_known(config: Config) -> None:

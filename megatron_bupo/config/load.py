@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -30,19 +31,20 @@ Setting = tuple[str, Any]  # dotted key, value
 
 def load_config(path: str | None, overrides: Sequence[str]) -> Config:
     """The run that the YAML file `path` (None: no file) and the `key=value` overrides describe."""
-    merged = OmegaConf.structured(Config)
+    merged = _defaults()
     sources = [] if path is None else _read_with_defaults(Path(expand(path)))
     for where, settings in [*sources, (COMMAND_LINE, _parse_overrides(overrides))]:
         for key, value in settings:
             merged = _set(merged, key, value, where)
-    for key in sorted(OmegaConf.missing_keys(merged)):
-        raise InputError(key, "has no value", f"set it in the YAML file or as {key}=...")
     try:
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise InputError(key, "has no value", f"set it in the YAML file or as {key}=...")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # an interpolation `${...}` that leads nowhere
-        raise InputError(str(error.full_key), error.msg or "cannot be resolved") from None
+        raise InputError(str(error.full_key), str(error).partition("\n")[0]) from None
     assert isinstance(config, Config)
-    return config
+    optimizer = config.optimizer  # omegaconf < 2.4 reads tuples as lists
+    return replace(config, optimizer=replace(optimizer, betas=tuple(optimizer.betas)))
 
 
 def to_yaml(config: Config) -> str:
@@ -54,12 +56,21 @@ def flatten(config: Config) -> dict[str, object]:
     """Dotted key -> value; tuples as lists, so that it equals its own round trip through JSON."""
     plain = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(plain, dict)
-    return dict(_leaves_of(plain, stop_at=frozenset()))
+    leaves = _leaves_of(plain, stop_at=frozenset())
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in leaves}
 
 
 def expand(path: str) -> str:
     """`path` with a leading `~` expanded. A config keeps paths as written; openers call this."""
     return os.path.expanduser(path)  # noqa: PTH111 - a Path would damage hub ids and URLs
+
+
+def _defaults() -> DictConfig:
+    """The schema's defaults, open to merging: omegaconf < 2.4 keeps frozen classes read-only."""
+    merged = OmegaConf.structured(Config)
+    for section in _sections():
+        OmegaConf.set_readonly(OmegaConf.select(merged, section), False)
+    return merged
 
 
 def _read_with_defaults(path: Path) -> list[tuple[str, Iterable[Setting]]]:
@@ -102,7 +113,8 @@ def _parse_yaml(text: str, where: str) -> Any:
     try:
         wrapped = OmegaConf.from_dotlist([f"value={text}"])
     except yaml.YAMLError as error:
-        raise InputError(where, f"is not valid YAML: {error}", "quote or correct it") from None
+        reason = f"is not valid YAML: {' '.join(str(error).split())}"
+        raise InputError(where, reason, "quote or correct it") from None
     plain = OmegaConf.to_container(wrapped)
     assert isinstance(plain, dict)
     return plain["value"]
@@ -113,7 +125,8 @@ def _parse_overrides(overrides: Sequence[str]) -> Iterator[Setting]:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise InputError(f"{override} ({COMMAND_LINE})", "is not of the form key=value")
-        yield key.strip(), _spaced(_parse_yaml(text, f"{override} ({COMMAND_LINE})"))
+        value = _spaced(_parse_yaml(text, f"{override} ({COMMAND_LINE})"))
+        yield from _leaves_of({key.strip(): value}, stop_at=frozenset(_schema()))
 
 
 def _spaced(value: Any) -> Any:
@@ -170,10 +183,12 @@ def _set(merged: DictConfig, key: str, value: Any, where: str) -> DictConfig:
     for name in reversed(key.split(".")):
         nested = {name: nested}
     try:
+        if get_origin(kind) is tuple and len(value) != len(get_args(kind)):
+            raise TypeError
         result = OmegaConf.merge(merged, nested)
     except (OmegaConfBaseException, TypeError, ValueError):
-        reason = f"is not {_in_words(kind)}"
-        raise InputError(f"{key}={value} ({where})", reason, "correct the value") from None
+        shown = "null" if value is None else value
+        raise InputError(f"{key}={shown} ({where})", f"must be {_in_words(kind)}") from None
     assert isinstance(result, DictConfig)
     return result
 
@@ -182,26 +197,28 @@ def _kind(key: str, value: Any, where: str) -> Any:
     """The schema's type at `key`; neither `key` nor a key inside `value` may be unknown."""
     schema = _schema()
     if key in schema:
-        kind = schema[key]
-        item = (get_args(kind) or (None,))[0]
-        if get_origin(kind) is list and dataclasses.is_dataclass(item) and isinstance(value, list):
-            fields = [field.name for field in dataclasses.fields(item)]
-            for unknown in (
-                k for row in value if isinstance(row, dict) for k in row if k not in fields
-            ):
-                raise _unknown(f"{key}.{unknown}", [f"{key}.{name}" for name in fields], where)
-        return kind
-    section = key.partition(".")[0]
-    if get_origin(schema.get(section)) is dict:
-        return Any
+        _refuse_unknown_fields(key, value, where)
+        return schema[key]
+    names = key.split(".")
+    if any(get_origin(schema.get(".".join(names[:i]))) is dict for i in range(1, len(names))):
+        return Any  # below a free mapping, such as megatron.*
     if key in _sections():
+        inside = next(name for name in schema if name.startswith(f"{key}."))
         raise InputError(
-            f"{key}={value} ({where})", "is a section", f"set a key inside it, {key}.name"
+            f"{key}={value} ({where})", "is a section", f"set keys in it: {inside}=..."
         )
-    parent = key.rpartition(".")[0]
-    if get_origin(schema.get(parent)) is dict:
-        return Any
-    raise _unknown(key, [*schema, *_sections()], where)
+    raise _unknown(key, [*schema, *sorted(_sections())], where)
+
+
+def _refuse_unknown_fields(key: str, value: Any, where: str) -> None:
+    """Each mapping in a list of records has the record's fields only."""
+    record = (get_args(_schema()[key]) or (None,))[0]
+    if not (dataclasses.is_dataclass(record) and isinstance(value, list)):
+        return
+    known = [f"{key}.{field.name}" for field in dataclasses.fields(record)]
+    for name in (name for row in value if isinstance(row, dict) for name in row):
+        if f"{key}.{name}" not in known:
+            raise _unknown(f"{key}.{name}", known, where)
 
 
 def _unknown(key: str, known: Sequence[str], where: str) -> InputError:

@@ -157,7 +157,7 @@ class EvaluationConfig:
 
     every: int = 0  # steps; 0: never
     responses_per_prompt: int = 1
-    temperature: float = 1.0
+    temperature: float = 1.0  # 0: greedy
     max_prompts: int | None = None
 
 

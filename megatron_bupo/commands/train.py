@@ -1,0 +1,100 @@
+"""`megatron-bupo train`: check everything, then start the ranks; or say what would start."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from megatron_bupo.config import Config, expand, load_config, to_yaml
+from megatron_bupo.config.checks import check
+from megatron_bupo.config.layout import Layout, layers_of_stages
+from megatron_bupo.launch.local import run_ranks, under_torchrun
+from megatron_bupo.preflight import check_files, check_model, preflight, prepare
+
+GROUPS_SHOWN = 4
+
+
+def run(args: Namespace) -> None:
+    """Train, or with `--dry-run` print the resolved config and the layout."""
+    config = load_config(args.config, args.overrides)
+    world_size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else None
+    layout = check(config, world_size)
+    if args.dry_run:
+        print(dry_run(config, layout), end="")
+        return
+    prepare(config)
+    ready = preflight(config, world_size)
+    from megatron_bupo.train import train
+
+    run_ranks(train, layout.world, ready)
+
+
+def dry_run(config: Config, layout: Layout) -> str:
+    """The resolved config and the layout; the whole is YAML again, the layout in comments.
+
+    A run that prepares its own model and data is described before they exist.
+    """
+    notes = []
+    if config.prepare is None:
+        layers = check_files(config).layers
+    elif Path(expand(config.model.path)).is_dir():
+        layers = check_model(config).layers
+    else:
+        layers = None
+        notes = [f"model.path={config.model.path} does not exist yet: {config.prepare} makes it"]
+    lines = [*notes, *describe(config, layout, layers)]
+    return to_yaml(config) + "".join(f"# {line}\n" for line in lines)
+
+
+def describe(config: Config, layout: Layout, layers: int | None) -> Iterator[str]:
+    """Who holds what and what is trained when, a line each. `layers` None: not known yet."""
+    yield (
+        f"{layout.world} ranks = parallel.tp {layout.tp} x parallel.pp {layout.pp} "
+        f"x parallel.dp {layout.dp}"
+    )
+    if layers is not None:
+        for stage, chunks in enumerate(layers_of_stages(layers, layout, config.megatron)):
+            yield _stage(config, layout, stage, chunks)
+    yield f"tensor-parallel groups: {_groups(layout.tensor_groups())}"
+    yield f"data-parallel groups: {_groups(layout.data_groups())}"
+    yield from _phases(config)
+
+
+def _stage(config: Config, layout: Layout, stage: int, chunks: Sequence[range]) -> str:
+    parts = [
+        *(["embedding"] if stage == 0 else []),
+        f"layers {' and '.join(_span(chunk) for chunk in chunks)}",
+        *(["unembedding"] if stage == layout.pp - 1 else []),
+        *(
+            f"target layer {layer}"
+            for layer in sorted({layer for layer, _ in config.bupo.phases()})
+            if any(layer in chunk for chunk in chunks)
+        ),
+    ]
+    ranks = layout.stage_ranks(stage)
+    return f"stage {stage}, ranks {_span(ranks)}: {', '.join(parts)}"
+
+
+def _phases(config: Config) -> Iterator[str]:
+    first = 0
+    read_out = ", read out through the final norm" if config.bupo.read_out_norm else ""
+    for layer, steps in config.bupo.phases():
+        last = min(first + steps, config.steps) - 1
+        if last >= first:
+            yield f"steps {first}-{last}: internal layer {layer}{read_out}"
+        first += steps
+    if first < config.steps:
+        yield f"steps {first}-{config.steps - 1}: full policy"
+
+
+def _span(numbers: Sequence[int]) -> str:
+    first, last = numbers[0], numbers[-1]
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _groups(groups: Sequence[Sequence[int]]) -> str:
+    shown = " ".join(str(list(group)) for group in islice(groups, GROUPS_SHOWN))
+    return shown if len(groups) <= GROUPS_SHOWN else f"{shown} ... ({len(groups)} groups)"

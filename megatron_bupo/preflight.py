@@ -1,0 +1,121 @@
+"""Will this run start? Everything a user can get wrong, looked at before any process group exists.
+
+In the order of cost: the settings among themselves, the checkpoint's config.json and headers, the
+tokenizer, the data, the reward function, Megatron-Core's own keys. The first thing that is wrong
+is raised as an InputError. Nothing but the last looks at torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from megatron_bupo.config import expand
+from megatron_bupo.config.checks import check, check_against_model
+from megatron_bupo.config.layout import Layout
+from megatron_bupo.config.schema import Config
+from megatron_bupo.errors import InputError
+from megatron_bupo.hf.architecture import Architecture, read_architecture
+from megatron_bupo.hf.tensors import check_tensors, read_index
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A run that can start: its settings, the model that they name, and who holds what."""
+
+    config: Config
+    architecture: Architecture
+    layout: Layout
+
+
+def preflight(config: Config, world_size: int | None) -> Preflight:
+    """Check everything; `world_size` ranks under torchrun, None where we start the ranks."""
+    layout = check(config, world_size)
+    architecture = check_files(config)
+    if config.megatron:
+        from megatron_bupo.mcore.native import check_native
+
+        check_native(config.megatron)
+    return Preflight(config, architecture, layout)
+
+
+def check_files(config: Config) -> Architecture:
+    """The model, its tokenizer, the data and the reward function exist and fit; without torch."""
+    from megatron_bupo.data.prompts import check_rows
+    from megatron_bupo.rewards.functions import resolve
+
+    architecture = check_model(config)
+    check_rows(config.data)
+    resolve(config.reward.function)
+    return architecture
+
+
+def check_model(config: Config, *, training: bool = True) -> Architecture:
+    """The checkpoint is whole, is what its config.json says, and fits settings and tokenizer.
+
+    Scoring (not `training`) reads token ids and needs no tokenizer.
+    """
+    model_dir = expand(config.model.path)
+    architecture = read_architecture(model_dir)
+    check_against_model(config, architecture, training=training)
+    check_tensors(architecture, read_index(model_dir))
+    if training:
+        check_vocabulary(config, architecture)
+    return architecture
+
+
+def check_vocabulary(config: Config, architecture: Architecture) -> None:
+    """Every token id has a row in the embedding. Rows without a token are common, and fine."""
+    from tokenizers import Tokenizer
+
+    named = config.model.tokenizer
+    where = f"model.path={config.model.path}" if named is None else f"model.tokenizer={named}"
+    file = Path(expand(named or config.model.path)) / TOKENIZER_FILE
+    if not file.exists():
+        raise InputError(
+            where,
+            f"the directory has no {TOKENIZER_FILE}",
+            "set model.tokenizer to a directory that has one; AutoTokenizer.from_pretrained(...)."
+            "save_pretrained(DIR) writes it",
+        )
+    try:
+        json.loads(file.read_bytes())
+        vocabulary = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise InputError(str(file), f"cannot be read ({error})", "restore it") from None
+    token = max(vocabulary, key=vocabulary.__getitem__, default="")
+    if vocabulary.get(token, 0) >= architecture.vocab_size:
+        raise InputError(
+            where,
+            f"its tokenizer has the token {token!r} with id {vocabulary[token]}, but the model's "
+            f"vocabulary ends at {architecture.vocab_size - 1}",
+            "set model.tokenizer to the tokenizer of this model",
+        )
+
+
+def prepare(config: Config) -> None:
+    """Call `config.prepare`, which makes what the run needs and is missing."""
+    if config.prepare is not None:
+        _prepare_function(config.prepare)(config)
+
+
+def _prepare_function(name: str) -> Callable[[Config], Any]:
+    where = f"prepare={name}"
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise InputError(where, "is not an import path", "write package.module:function")
+    try:
+        function = attrgetter(attribute)(importlib.import_module(module))
+    except Exception as error:  # a module may raise anything while it is imported
+        reason = f"does not import ({type(error).__name__}: {error})"
+        raise InputError(where, reason, "write package.module:function") from error
+    if not callable(function):
+        raise InputError(where, "is not a function", "write package.module:function")
+    return function
