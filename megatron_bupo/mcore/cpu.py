@@ -1,0 +1,142 @@
+"""Megatron-Core on a machine without CUDA: the few names it needs, and nothing where CUDA exists.
+
+Megatron-Core asks for CUDA in three ways: functions of `torch.cuda`, `device="cuda"` given to a factory
+function, and methods of Tensor (`.cuda()`, and `.type()` compared with 'torch.cuda.FloatTensor' in the
+optimizers). Each name is replaced by a thin function that answers for the CPU. Ordinary tensor operations
+are not touched: a TorchFunctionMode would do the same job but intercepts every call, which on small
+models costs more than the calls themselves (tools/bench_cpu_shim.py measures both).
+
+`install()` does nothing at all where `torch.cuda.is_available()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+_FACTORIES = (
+    "arange empty empty_like full full_like ones ones_like rand rand_like randint randn tensor "
+    "zeros zeros_like"
+).split()
+_installed = False
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _factory_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`factory` with `device="cuda"` read as the CPU; pinned memory needs a driver, so not pinned."""
+
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+            kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+class _Stream:
+    """A stream or event of a device that finishes each call before the next: nothing to wait for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record_event(self, *_: Any) -> _Stream:
+        return self
+
+    def wait_stream(self, *_: Any) -> None: ...
+    wait_event = synchronize = record = wait = wait_stream
+
+    def query(self) -> bool:
+        return True
+
+
+def _patch_torch_cuda() -> None:
+    cuda: Any = torch.cuda
+
+    def nothing(*_: Any, **__: Any) -> None: ...
+
+    def current_device() -> torch.device:
+        return CPU
+
+    def get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+        torch.set_rng_state(state)
+
+    cuda.current_device = current_device
+    cuda.synchronize = cuda.empty_cache = cuda.set_device = cuda.reset_peak_memory_stats = nothing
+    cuda.Stream = cuda.Event = _Stream
+    cuda.current_stream = cuda.default_stream = lambda *_, **__: _Stream()
+    cuda.stream = lambda _: contextlib.nullcontext()
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.get_rng_state, cuda.set_rng_state = get_rng_state, set_rng_state
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    patched: Any = megatron_random
+    patched._get_cuda_rng_state, patched._set_cuda_rng_state = get_rng_state, set_rng_state
+
+
+def _patch_factories() -> None:
+    for name in _FACTORIES:
+        setattr(torch, name, _factory_on_cpu(getattr(torch, name)))
+
+
+def _patch_tensor() -> None:
+    tensor: Any = torch.Tensor
+    move, type_name, pin = tensor.to, tensor.type, tensor.pin_memory
+
+    @functools.wraps(tensor.cuda)
+    def cuda(self: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return self
+
+    @functools.wraps(move)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (CPU, *args[1:])
+        elif _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return move(self, *args, **kwargs)
+
+    @functools.wraps(type_name)
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = type_name(self, *args, **kwargs)
+        asks_megatron = sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core")
+        if isinstance(answer, str) and asks_megatron:
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    tensor.cuda, tensor.to, tensor.type = cuda, to, type_
+    tensor.pin_memory = functools.wraps(pin)(lambda self, *_, **__: self)
+
+
+def install() -> None:
+    """Make Megatron-Core run on gloo and the CPU in this process, for good. A no-op where CUDA exists."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's jit_fuser is torch.compile
+    _patch_factories()
+    _patch_tensor()
+    _patch_torch_cuda()
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live: its GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return CPU

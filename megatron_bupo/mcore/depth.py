@@ -1,0 +1,131 @@
+"""An internal layer policy is the same Megatron model, run to layer l.
+
+Layers above l become the identity, so h_l travels on through the ordinary pipeline schedule to the last
+stage, where the unembedding reads it. Schedules, tensor shapes and sends stay as they are; what is skipped
+costs nothing. Nothing is forked: each layer's class is exchanged for a subclass of itself that asks the
+shared `DepthRouter` whether to run, which works for any layer class and keeps parameter names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor, nn
+
+from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy, Policy
+
+
+class DepthRouter:
+    """Which policy the attached model computes; `with router.computing(policy): ...` sets it."""
+
+    def __init__(self) -> None:
+        self.policy: Policy = FULL
+
+    @contextmanager
+    def computing(self, policy: Policy) -> Iterator[None]:
+        """Compute `policy` inside the block."""
+        before, self.policy = self.policy, policy
+        try:
+            yield
+        finally:
+            self.policy = before
+
+    def skips_layer(self, layer: int) -> bool:
+        """Is `layer` (counted from 1) above what the policy reads?"""
+        return is_above(self.policy, layer)
+
+    def skips_final_norm(self) -> bool:
+        """The paper reads h_l without the final norm (Eq 5); with it is the ablation of Table 5."""
+        return skips_final_norm(self.policy)
+
+
+def is_above(policy: Policy, layer: int) -> bool:
+    """Does `policy` not reach `layer` (counted from 1)?"""
+    return isinstance(policy, InternalLayerPolicy) and layer > policy.layer
+
+
+def skips_final_norm(policy: Policy) -> bool:
+    """Does `policy` read the residual stream without the final norm?"""
+    return isinstance(policy, InternalLayerPolicy) and not policy.read_out_norm
+
+
+def _routed_layer(base: type, router: DepthRouter) -> type:
+    class RoutedLayer(base):  # type: ignore[misc, valid-type]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if router.skips_layer(self.layer_number):
+                hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                return hidden, kwargs.get("context")
+            return super().__call__(*args, **kwargs)
+
+    return RoutedLayer
+
+
+def _routed_norm(base: type, router: DepthRouter) -> type:
+    class RoutedNorm(base):  # type: ignore[misc, valid-type]
+        def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if router.skips_final_norm():
+                return hidden
+            return super().__call__(hidden, *args, **kwargs)
+
+    return RoutedNorm
+
+
+def _own_node(_module: nn.Module, _args: Any, output: Any) -> Any:
+    """A stage that skips all its layers must still return a tensor of its own.
+
+    The 1F1B schedule frees outputs and starts backward from them, so an output may be neither the received
+    leaf itself nor a view of it.
+    """
+    if isinstance(output, Tensor) and output.is_leaf and output.requires_grad:
+        return output.clone()
+    if isinstance(output, Tensor) and output._base is not None:
+        return make_viewless_tensor(output, requires_grad=output.requires_grad, keep_graph=True)
+    return output
+
+
+def attach(chunks: Sequence[nn.Module]) -> DepthRouter:
+    """Make the GPTModel `chunks` of this rank able to stop at any layer; returns their common switch."""
+    router = DepthRouter()
+    for chunk in chunks:
+        decoder: Any = chunk.decoder
+        for layer in decoder.layers:
+            layer.__class__ = _routed_layer(type(layer), router)
+        if decoder.final_layernorm is not None:
+            norm = decoder.final_layernorm
+            norm.__class__ = _routed_norm(type(norm), router)
+        decoder.register_forward_hook(_own_node)
+    return router
+
+
+@contextmanager
+def returning_hidden_states(chunk: Any) -> Iterator[None]:
+    """Inside the block `chunk` returns hidden states `[tokens, batch, hidden]`, not logits.
+
+    GPTModel's unembedding would materialise `[tokens, vocab]`; `logprobs` unembeds in chunks instead. Only for
+    the forward call: the reduction of tied embeddings asks `post_process` too. The final norm lives in the
+    decoder and is not affected.
+    """
+    before, chunk.post_process = chunk.post_process, False
+    try:
+        yield
+    finally:
+        chunk.post_process = before
+
+
+def trained_parameters(chunk: nn.Module, policy: Policy) -> dict[nn.Parameter, bool]:
+    """Every parameter of `chunk`, and whether the gradient of `policy` reaches it (appendix A.4)."""
+    decoder: Any = chunk.decoder
+    above = {p for layer in decoder.layers if is_above(policy, layer.layer_number) for p in layer.parameters()}
+    if decoder.final_layernorm is not None and skips_final_norm(policy):
+        above |= set(decoder.final_layernorm.parameters())
+    return {p: p not in above for p in chunk.parameters()}
+
+
+def layer_numbers(chunk: nn.Module) -> dict[nn.Parameter, int]:
+    """The layer (counted from 1) of every parameter that belongs to one."""
+    decoder: Any = chunk.decoder
+    return {p: layer.layer_number for layer in decoder.layers for p in layer.parameters()}
+

@@ -1,0 +1,238 @@
+"""HF on disk, Megatron in memory: the names and shards of one in the other, as one table.
+
+Loading, weight sync and export are the same table read in either direction. A row says which HF tensors make
+up a Megatron parameter, along which HF dimension tensor parallelism cuts them, and how the cut pieces are
+laid out in the Megatron parameter. Layer rows are relative to `model.layers.{i}.` and `decoder.layers.{i}.`;
+where Transformer Engine fuses a norm into the following linear layer the parameter has a second name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from torch import Tensor, nn
+
+from megatron_bupo.hf.architecture import Architecture
+from megatron_bupo.mcore.model import padded_vocab_size
+
+Pieces = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One Megatron parameter and the HF tensors it holds."""
+
+    hf: tuple[str, ...]
+    megatron: tuple[str, ...]  # alternatives: plain spec, Transformer Engine spec
+    cut: int | None  # HF dimension that tensor parallelism cuts; None: every rank has all of it
+    join: Callable[[Pieces, Architecture], Tensor]  # this rank's HF pieces -> parameter
+    split: Callable[[Tensor, Architecture], Pieces]  # and back
+
+
+def _alone(pieces: Pieces, _: Architecture) -> Tensor:
+    return pieces[0]
+
+
+def _unchanged(parameter: Tensor, _: Architecture) -> Pieces:
+    return (parameter,)
+
+
+def _stack(pieces: Pieces, _: Architecture) -> Tensor:
+    return torch.cat(pieces)
+
+
+def _halves(parameter: Tensor, _: Architecture) -> Pieces:
+    return parameter.chunk(2)
+
+
+def _by_group(pieces: Pieces, arch: Architecture) -> Tensor:
+    """q, k, v -> per key-value head: its query heads, its key, its value."""
+    d, rest = arch.head_dim, pieces[0].shape[1:]
+    grouped = [p.reshape(pieces[1].shape[0] // d, -1, d, *rest) for p in pieces]
+    return torch.cat(grouped, dim=1).reshape(-1, *rest)
+
+
+def _from_groups(parameter: Tensor, arch: Architecture) -> Pieces:
+    queries, d, rest = arch.heads // arch.kv_heads, arch.head_dim, parameter.shape[1:]
+    grouped = parameter.reshape(-1, queries + 2, d, *rest)
+    return tuple(p.reshape(-1, *rest) for p in grouped.split((queries, 1, 1), dim=1))
+
+
+def _row(hf: str, megatron: str, cut: int | None = None) -> Row:
+    return Row(tuple(hf.split()), tuple(megatron.split()), cut, _alone, _unchanged)
+
+
+def _qkv(kind: str) -> Row:
+    hf = tuple(f"self_attn.{p}_proj.{kind}" for p in "qkv")
+    return Row(hf, (f"self_attention.linear_qkv.{kind}",), 0, _by_group, _from_groups)
+
+
+def _gate_up(kind: str) -> Row:
+    hf = (f"mlp.gate_proj.{kind}", f"mlp.up_proj.{kind}")
+    return Row(hf, (f"mlp.linear_fc1.{kind}",), 0, _stack, _halves)
+
+
+EMBEDDING = _row("model.embed_tokens.weight", "embedding.word_embeddings.weight", 0)
+FINAL_NORM = _row("model.norm.weight", "decoder.final_layernorm.weight")
+UNEMBEDDING = _row("lm_head.weight", "output_layer.weight", 0)
+VOCABULARY = (EMBEDDING, UNEMBEDDING)
+
+
+def layer_rows(arch: Architecture) -> list[Row]:
+    """The rows of one transformer layer of `arch`."""
+    rows = [
+        _row("input_layernorm.weight", "input_layernorm.weight self_attention.linear_qkv.layer_norm_weight"),
+        _qkv("weight"),
+        _row("self_attn.o_proj.weight", "self_attention.linear_proj.weight", 1),
+        _row("post_attention_layernorm.weight", "pre_mlp_layernorm.weight mlp.linear_fc1.layer_norm_weight"),
+        _gate_up("weight"),
+        _row("mlp.down_proj.weight", "mlp.linear_fc2.weight", 1),
+    ]
+    if arch.qk_norm:
+        rows.append(_row("self_attn.q_norm.weight", "self_attention.q_layernorm.weight"))
+        rows.append(_row("self_attn.k_norm.weight", "self_attention.k_layernorm.weight"))
+    if arch.qkv_bias:
+        rows.append(_qkv("bias"))
+    if arch.mlp_bias:
+        rows.append(_row("self_attn.o_proj.bias", "self_attention.linear_proj.bias"))
+        rows += [_gate_up("bias"), _row("mlp.down_proj.bias", "mlp.linear_fc2.bias")]
+    return rows
+
+
+@dataclass(frozen=True)
+class Held:
+    """A row with its full HF names, and the parameter that holds it on this rank."""
+
+    row: Row
+    hf: tuple[str, ...]
+    parameter: nn.Parameter
+
+
+Unit = str  # "embedding", "layer 1" ..., "final_norm", "unembedding": what is synced or frozen as one
+
+
+def layer_unit(layer: int) -> Unit:
+    """The unit of `layer`, counted from 1."""
+    return f"layer {layer}"
+
+
+def units(arch: Architecture) -> list[Unit]:
+    """All units of the model, in the order data flows through them."""
+    layers = [layer_unit(layer) for layer in range(1, arch.layers + 1)]
+    return ["embedding", *layers, "final_norm", *([] if arch.tied else ["unembedding"])]
+
+
+def held_units(chunks: Sequence[Any], arch: Architecture) -> dict[Unit, list[Held]]:
+    """What this rank holds of each unit. A tied unembedding on the last stage is the embedding's copy."""
+    found: dict[Unit, list[Held]] = {}
+    for chunk in chunks:
+        parameters = dict(chunk.named_parameters())
+
+        def hold(row: Row, hf: str = "", megatron: str = "") -> Held:
+            name = next(megatron + n for n in row.megatron if megatron + n in parameters)  # noqa: B023
+            return Held(row, tuple(hf + n for n in row.hf), parameters[name])  # noqa: B023
+
+        if chunk.pre_process:
+            found["embedding"] = [hold(EMBEDDING)]
+        for i, layer in enumerate(chunk.decoder.layers):
+            names = (f"model.layers.{layer.layer_number - 1}.", f"decoder.layers.{i}.")
+            found[layer_unit(layer.layer_number)] = [hold(row, *names) for row in layer_rows(arch)]
+        if chunk.post_process:
+            found["final_norm"] = [hold(FINAL_NORM)]
+            if not arch.tied:
+                found["unembedding"] = [hold(UNEMBEDDING)]
+            elif not chunk.pre_process:
+                copy = parameters[UNEMBEDDING.megatron[0]]
+                found["tied unembedding"] = [Held(EMBEDDING, EMBEDDING.hf, copy)]
+    return found
+
+
+def _rank_part(size: int, tp: int, rank: int) -> slice:
+    return slice(rank * size // tp, (rank + 1) * size // tp)
+
+
+def _vocabulary_part(tensor: Any, arch: Architecture, tp: int, rank: int) -> Tensor:
+    """This rank's rows of a `[vocab, hidden]` tensor on disk, zeros where the vocabulary is padded."""
+    rows = padded_vocab_size(arch, tp) // tp
+    start, stop = (min(r * rows, arch.vocab_size) for r in (rank, rank + 1))
+    piece = tensor[start:stop]
+    return torch.cat((piece, piece.new_zeros(rows - piece.shape[0], piece.shape[1])))
+
+
+def _read_piece(tensor: Any, row: Row, arch: Architecture, tp: int, rank: int) -> Tensor:
+    """This rank's piece of the HF tensor behind the lazy slice `tensor`; nothing else is read."""
+    if row in VOCABULARY:
+        return _vocabulary_part(tensor, arch, tp, rank)
+    shape = tensor.get_shape()
+    if row.cut is None:
+        return tensor[:]
+    part = _rank_part(shape[row.cut], tp, rank)
+    return tensor[part] if row.cut == 0 else tensor[:, part]
+
+
+def load(chunks: Sequence[Any], arch: Architecture, open_slice: Callable[[str], Any]) -> None:
+    """Fill the parameters of `chunks` from HF tensors; `open_slice(hf_name)` gives a lazy safetensors slice."""
+    tp, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+    with torch.no_grad():
+        for parts in held_units(chunks, arch).values():
+            for held in parts:
+                pieces = [_read_piece(open_slice(n), held.row, arch, tp, rank) for n in held.hf]
+                held.parameter.copy_(held.row.join(tuple(pieces), arch))
+                _mark_as_cut(held)
+
+
+def _mark_as_cut(held: Held) -> None:
+    """Say that the parameter is a tensor-parallel shard.
+
+    Megatron does so only where it also initialises the weights, and a shard that is not marked is left out of
+    the gradient norm on all ranks but the first, silently.
+    """
+    for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+        held.parameter.__dict__.pop(name, None)
+    if held.row.cut is not None:
+        set_tensor_model_parallel_attributes(held.parameter, True, held.row.cut, 1)
+
+
+def _whole(shards: Sequence[Tensor], held_row: Row, arch: Architecture) -> Pieces:
+    """The full HF tensors from the parameter's shards on all tensor-parallel ranks."""
+    cut = held_row.cut
+    if cut is None:
+        return held_row.split(shards[0], arch)
+    per_rank = [held_row.split(shard, arch) for shard in shards]
+    whole = tuple(torch.cat(pieces, dim=cut) for pieces in zip(*per_rank, strict=True))
+    return tuple(t[: arch.vocab_size] for t in whole) if held_row in VOCABULARY else whole
+
+
+def gather_unit(parts: Sequence[Held], arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """`(hf_name, full tensor)` of one unit, on every tensor-parallel rank of the stage that holds it.
+
+    One all-gather per unit: its parameters travel in one flat buffer.
+    """
+    tp = mpu.get_tensor_model_parallel_world_size()
+    flat = torch.cat([held.parameter.detach().flatten() for held in parts])
+    if tp == 1:
+        shards = [flat]
+    else:
+        shards = [torch.empty_like(flat) for _ in range(tp)]
+        torch.distributed.all_gather(shards, flat, group=mpu.get_tensor_model_parallel_group())
+    sizes = [held.parameter.numel() for held in parts]
+    per_parameter = zip(*(shard.split(sizes) for shard in shards), strict=True)
+    for held, pieces in zip(parts, per_parameter, strict=True):
+        shaped = [piece.view(held.parameter.shape) for piece in pieces]
+        yield from zip(held.hf, _whole(shaped, held.row, arch), strict=True)
+
+
+def hf_shapes(unit: Unit, arch: Architecture, shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the HF tensors of `unit`, given those of the whole model, in the table's order."""
+    if unit.startswith("layer "):
+        prefix = f"model.layers.{int(unit.split()[1]) - 1}."
+        names = [prefix + n for row in layer_rows(arch) for n in row.hf]
+    else:
+        row = {"embedding": EMBEDDING, "final_norm": FINAL_NORM, "unembedding": UNEMBEDDING}[unit]
+        names = list(row.hf)
+    return {name: tuple(shapes[name]) for name in names}

@@ -1,0 +1,65 @@
+"""This rank's place: process group, Megatron's parallel groups, and the little the rest asks of them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_bupo.config.checks import Layout
+from megatron_bupo.mcore import cpu
+
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def initialize(layout: Layout, *, seed: int) -> None:
+    """Join the process group (from torchrun's environment, or alone) and split it by `layout`.
+
+    Orders ranks tp-fastest, then dp, then pp, as Megatron does.
+    """
+    cpu.install()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Leave the groups; the process group goes last."""
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def is_last_stage() -> bool:
+    """Is this rank on the pipeline stage that unembeds?"""
+    return mpu.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` as the last pipeline stage has it, on every stage; same shape and dtype everywhere."""
+    if mpu.get_pipeline_model_parallel_world_size() > 1:
+        source = mpu.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(tensor, source, group=mpu.get_pipeline_model_parallel_group())
+    return tensor
+
+
+def sum_over_data_parallel(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` summed over the data-parallel group, in place."""
+    if mpu.get_data_parallel_world_size() > 1:
+        dist.all_reduce(tensor, group=mpu.get_data_parallel_group())
+    return tensor

@@ -1,0 +1,96 @@
+"""Which modules a layer is made of: Transformer Engine's where it imports, plain torch's otherwise.
+
+The plain modules close two gaps of Megatron-Core's local spec: its RMSNorm refuses sequence parallelism, and
+its attention materialises `[tokens, tokens]` scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm over the last dimension; `[..., hidden] -> [..., hidden]`."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Megatron then sums this weight's gradient over the tensor-parallel group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Statistics in fp32 and the product in the input's dtype: what HF models compute.
+        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype)
+
+
+class CausalAttention(torch.nn.Module):
+    """Core attention by torch's fused kernel, which never holds a `[tokens, tokens]` matrix.
+
+    query `[tokens, batch, heads, head_dim]`, key and value with the (fewer) key-value heads
+    -> `[tokens, batch, heads * head_dim]`.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any
+    ) -> None:
+        super().__init__()
+        self.softmax_scale, self.dropout = softmax_scale, config.attention_dropout
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    ) -> Tensor:
+        if attention_mask is not None:
+            raise NotImplementedError("CausalAttention is causal by itself: pass no attention mask")
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            scale=self.softmax_scale,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _plain_layer(*, qk_norm: bool) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
+    parts: Any = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention: Any = parts.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return layer
+
+
+def block_spec(
+    config: TransformerConfig, *, qk_norm: bool, vp_stage: int | None, pp_rank: int
+) -> TransformerBlockSubmodules:
+    """The layers that this pipeline stage (and virtual stage) builds, and the norm after the last one."""
+    if te.HAVE_TE and torch.cuda.is_available():
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+        norm: Any = te.TENorm
+    else:
+        layer, norm = _plain_layer(qk_norm=qk_norm), RMSNorm
+    layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
