@@ -1,0 +1,159 @@
+"""The run in one picture: reward and held-out accuracy above, entropies below, phases marked.
+
+The horizontal axis counts the steps behind a policy. What step k records of its rollouts was drawn
+after k steps, so it stands at k; held-out accuracy measured at the end of step k stands at k + 1.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_bupo.errors import InputError
+from megatron_bupo.record.metrics import FILE, internal_layer, read_metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+
+Record = dict[str, Any]
+
+FIGURE = "training.png"
+REWARD, ACCURACY, FULL, INTERNAL = "#b4bcc6", "#0b6e4f", "#1f4e9c", "#c8553d"
+SHADES = [
+    "#fbe9e4",
+    "#fdf3e1",
+    "#f7efe9",
+]  # behind internal phases, in turn; the full policy's is white
+LOG_SCALE_FROM = 5.0  # times the full policy's entropy: above, both fit on one axis only in logs
+
+
+def draw_run(run_dir: str | Path) -> Path:
+    """Draw what `run_dir`/metrics.jsonl holds; returns the PNG, `run_dir`/training.png."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(run_dir)
+    if not records:
+        raise InputError(str(Path(run_dir) / FILE), "has no finished step to draw", "train first")
+    # A Figure of its own, not pyplot's: no global state, no display, nothing to close.
+    figure = Figure(figsize=(8.5, 6), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True)
+    _draw_reward(above, records)
+    _draw_entropy(below, records)
+    for axes in (above, below):
+        _mark_phases(axes, records)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+    _name_phases(above, records)
+    below.set_xlabel("steps trained")
+    below.set_xlim(records[0]["step"], records[-1]["step"] + 1)
+    below.xaxis.get_major_locator().set_params(integer=True)
+    path = Path(run_dir) / FIGURE
+    figure.savefig(path)
+    return path
+
+
+def _draw_reward(axes: Axes, records: Sequence[Record]) -> None:
+    steps, reward = _series(records, "rollout/reward_mean")
+    axes.plot(steps, reward, color=REWARD, linewidth=1.2, marker=_marker(steps), label="reward")
+    window = min(10, max(1, len(records) // 12))
+    if window > 1:
+        label = f"reward, mean of {window} steps"
+        axes.plot(steps, _trailing_mean(reward, window), color="#4a5560", linewidth=2, label=label)
+    measured = [
+        (record["step"] + after, record[key])
+        for record in records
+        for key, after in (("eval/initial_accuracy_mean", 0), ("eval/accuracy_mean", 1))
+        if key in record
+    ]
+    if measured:
+        at, accuracy = zip(*measured, strict=True)
+        style = {"color": ACCURACY, "marker": "o", "markersize": 5, "linewidth": 1.6}
+        axes.plot(at, accuracy, label="held-out accuracy", clip_on=False, zorder=4, **style)
+        for place in {0, len(at) - 1}:
+            axes.annotate(
+                f"{accuracy[place]:.2f}",
+                (at[place], accuracy[place]),
+                xytext=(6, -14) if place == 0 else (-4, 8),
+                textcoords="offset points",
+                ha="left" if place == 0 else "right",
+                color=ACCURACY,
+                fontsize=9,
+            )
+    if axes.get_ylim()[0] > 0:
+        axes.set_ylim(bottom=0)
+    axes.set_ylabel("reward, accuracy")
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+
+
+def _draw_entropy(axes: Axes, records: Sequence[Record]) -> None:
+    steps, full = _series(records, "entropy/full_nats")
+    axes.plot(steps, full, color=FULL, linewidth=1.8, marker=_marker(steps), label="full policy")
+    highest = 0.0
+    label = "internal layer policy of the phase"
+    for _, phase in _phases(records):
+        at, internal = _series(phase, "entropy/internal_nats")
+        if any(math.isfinite(value) for value in internal):
+            axes.plot(at, internal, color=INTERNAL, linewidth=1.8, marker=_marker(at), label=label)
+            label = None
+            highest = max(highest, *(value for value in internal if math.isfinite(value)))
+    finite = [value for value in full if math.isfinite(value)]
+    if finite and min(finite) > 0 and highest > LOG_SCALE_FROM * max(finite):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_ylabel("entropy, nats per token")
+    axes.legend(loc="upper right", frameon=False, fontsize=9)
+
+
+def _mark_phases(axes: Axes, records: Sequence[Record]) -> None:
+    """A shade behind every internal phase and a dashed line at every switch."""
+    for number, (_, phase) in enumerate(_phases(records)):
+        first, end = phase[0]["step"], phase[-1]["step"] + 1
+        if internal_layer(phase[0]) is not None:
+            axes.axvspan(first, end, color=SHADES[number % len(SHADES)], linewidth=0, zorder=0)
+        if number > 0:
+            axes.axvline(first, color="#6b7280", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+
+
+def _name_phases(axes: Axes, records: Sequence[Record]) -> None:
+    """The name of each phase above its beginning, in two rows where a phase is narrower than it."""
+    phases = _phases(records)
+    crowded = any(len(phase) < 0.16 * len(records) for _, phase in phases)
+    for number, (policy, phase) in enumerate(phases):
+        axes.annotate(
+            "full policy" if policy == "full" else policy,
+            (phase[0]["step"], 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 19 if crowded and number % 2 else 5),
+            textcoords="offset points",
+            color=FULL if internal_layer(phase[0]) is None else INTERNAL,
+        )
+
+
+def _phases(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """Consecutive steps that trained one policy, with its name."""
+    return [(policy, list(steps)) for policy, steps in groupby(records, lambda r: r["policy"])]
+
+
+def _series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric; NaN, drawn as a gap, where a step does not have it."""
+    return [r["step"] for r in records], [r.get(key, math.nan) for r in records]
+
+
+def _trailing_mean(values: Sequence[float], window: int) -> list[float]:
+    """Each value's mean with the up to `window` - 1 before it; NaN leaves no gap behind it."""
+    spans = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    finite = [[value for value in span if math.isfinite(value)] for span in spans]
+    return [sum(span) / len(span) if span else math.nan for span in finite]
+
+
+def _marker(steps: Sequence[int]) -> str:
+    """Points where a line would be too short to see."""
+    return "o" if len(steps) < 3 else ""

@@ -1,0 +1,119 @@
+"""What came of the run, in one paragraph of measured numbers, and how to compare it with GRPO."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from megatron_bupo.config.layout import parallel_sizes
+from megatron_bupo.record.metrics import INTERNAL, read_metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from megatron_bupo.config.schema import Config
+
+Record = dict[str, Any]
+
+ENDS = 5  # steps that stand for the beginning and the end of the run
+FULL_NATS, INTERNAL_NATS = "entropy/full_nats", "entropy/internal_nats"
+REPLACED = ("run_dir=", "bupo.internal_steps=", "bupo.stages=", "bupo.stages[")
+
+
+def summarise(
+    run_dir: str | Path,
+    config: Config,
+    *,
+    world_size: int | None = None,
+    command: Sequence[str] | None = None,
+) -> str:
+    """The paragraph, then the command that trains the same with plain GRPO (if this was not that).
+
+    `world_size`: ranks that ran, None for as many as the layout asks for; `command`: the command
+    line that started the run, None for this process's own.
+    """
+    records = read_metrics(run_dir)
+    if not records:
+        return f"{run_dir}: no step has finished yet."
+    sentences = [
+        _what_ran(records, config, world_size),
+        _accuracy(records),
+        _reward(records),
+        _entropy(records),
+        _time(records),
+    ]
+    text = " ".join(sentence for sentence in sentences if sentence)
+    if any(record["policy"].startswith(INTERNAL) for record in records):
+        grpo = grpo_command(sys.argv if command is None else command, run_dir, config)
+        text += f"\nThe same with plain GRPO, to compare: {grpo}"
+    return text
+
+
+def grpo_command(command: Sequence[str], run_dir: str | Path, config: Config) -> str:
+    """`command`, changed to train without internal phases in a run directory of its own."""
+    program, *arguments = command
+    start = ["python", "-m", "megatron_bupo"] if program.endswith("__main__.py") else [program]
+    kept = [argument for argument in arguments if not argument.startswith(REPLACED)]
+    changed = ["bupo.stages=[]"] if config.bupo.stages else ["bupo.internal_steps=0"]
+    return shlex.join([*start, *kept, *changed, f"run_dir={run_dir}-grpo"])
+
+
+def _what_ran(records: Sequence[Record], config: Config, world_size: int | None) -> str:
+    phases = [(policy, len(list(r))) for policy, r in groupby(records, lambda r: r["policy"])]
+    name = "GRPO" if [policy for policy, _ in phases] == ["full"] else "BuPO"
+    done = len(records)
+    steps = f"{done} steps" if done >= config.steps else f"{done} of {config.steps} steps"
+    layout = parallel_sizes(config, world_size)
+    sizes = f"tp={layout.tp} pp={layout.pp} dp={layout.dp}"
+    told = ", then ".join(
+        f"{'the full policy' if policy == 'full' else policy} for {steps}"
+        for policy, steps in phases
+    )
+    ranks = "1 process" if layout.world == 1 else f"{layout.world} processes"
+    return f"{steps} of {name} over {ranks} ({sizes}): {told}."
+
+
+def _accuracy(records: Sequence[Record]) -> str:
+    before = [v for r in records if (v := r.get("eval/initial_accuracy_mean")) is not None]
+    after = [(r["step"] + 1, v) for r in records if (v := r.get("eval/accuracy_mean")) is not None]
+    if not after:
+        return ""
+    step, accuracy = after[-1]
+    start = f"{before[0]:.3f} before training, " if before else ""
+    return f"Accuracy on held-out prompts: {start}{accuracy:.3f} after step {step}."
+
+
+def _reward(records: Sequence[Record]) -> str:
+    rewards = [record["rollout/reward_mean"] for record in records]
+    first, last = fmean(rewards[:ENDS]), fmean(rewards[-ENDS:])
+    text = f"Mean reward: {first:.3f} over the first {ENDS} steps, {last:.3f} over the last {ENDS}."
+    if len(records) <= ENDS:
+        text = f"Mean reward: {first:.3f}."
+    warnings = sum(record.get("rollout/reward_warnings", 0.0) for record in records)
+    return text + (f" {warnings:.0f} responses could not be graded." if warnings else "")
+
+
+def _entropy(records: Sequence[Record]) -> str:
+    """First and last entropies: the full policy's, and each internal one's within its phase."""
+    measured = {"full policy": [r[FULL_NATS] for r in records if FULL_NATS in r]}
+    for record in records:
+        if INTERNAL_NATS in record:
+            measured.setdefault(record["policy"], []).append(record[INTERNAL_NATS])
+    told = [f"{name} {of[0]:.3f} to {of[-1]:.3f}" for name, of in measured.items() if of]
+    return f"Entropy in nats per token: {', '.join(told)}." if told else ""
+
+
+def _time(records: Sequence[Record]) -> str:
+    def total(*keys: str) -> float:
+        return sum(record.get(key, 0.0) for record in records for key in keys)
+
+    seconds = total("time/step_s")
+    if not seconds:
+        return ""
+    generating = total("time/generate_s") / seconds
+    training = total("time/old_logprobs_s", "time/update_s") / seconds
+    return f"Steps took {seconds:.0f} s: {generating:.0%} generating, {training:.0%} training."
