@@ -101,6 +101,12 @@ def check_layers_divide(layers: int, config: Config) -> None:
             raise InputError(f"megatron.{key}={value}", "is not a positive number of layers")
     if uneven and pp <= 1:
         raise InputError(f"megatron.{next(iter(uneven))}", "needs parallel.pp > 1", "remove it")
+    if len(uneven) == pp == 2 and vpp > 1:  # Megatron-Core divides by the stages in between
+        raise InputError(
+            f"megatron.{FIRST_STAGE_LAYERS}, megatron.{LAST_STAGE_LAYERS}",
+            f"cannot both be given with parallel.pp=2 and parallel.vpp={vpp}",
+            "leave one of the two out",
+        )
     sizes = stage_sizes(layers, pp, megatron)
     if sum(sizes) == layers and all(size >= vpp and size % vpp == 0 for size in sizes):
         return

@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -44,7 +43,8 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
         raise InputError(str(error.full_key), str(error).partition("\n")[0]) from None
     assert isinstance(config, Config)
     optimizer = config.optimizer  # omegaconf < 2.4 reads tuples as lists
-    return replace(config, optimizer=replace(optimizer, betas=tuple(optimizer.betas)))
+    optimizer = dataclasses.replace(optimizer, betas=tuple(optimizer.betas))
+    return dataclasses.replace(config, optimizer=optimizer)
 
 
 def to_yaml(config: Config) -> str:
@@ -54,9 +54,7 @@ def to_yaml(config: Config) -> str:
 
 def flatten(config: Config) -> dict[str, object]:
     """Dotted key -> value; tuples as lists, so that it equals its own round trip through JSON."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(plain, dict)
-    leaves = _leaves_of(plain, stop_at=frozenset())
+    leaves = _leaves_of(dataclasses.asdict(config), stop_at=frozenset())
     return {key: list(value) if isinstance(value, tuple) else value for key, value in leaves}
 
 

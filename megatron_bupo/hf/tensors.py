@@ -88,7 +88,7 @@ def read_index(model_dir: str | Path) -> CheckpointIndex:
     if not index.exists():
         raise _without_safetensors(folder)
     weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not (isinstance(weight_map, dict) and all(isinstance(f, str) for f in weight_map.values())):
         raise InputError(str(index), "has no weight_map", "download the checkpoint again")
     shards = {}
     for file in sorted(set(weight_map.values())):
@@ -143,9 +143,10 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         try:
             header = json.loads(file.read(length))
         except ValueError:
-            raise InputError(
-                str(path), "is not a safetensors file: its header is not JSON", "download it again"
-            ) from None
+            header = None
+    if not isinstance(header, dict):
+        reason = "is not a safetensors file: its header is not a JSON object"
+        raise InputError(str(path), reason, "download it again")
     return header, size - 8 - length
 
 
