@@ -1,0 +1,1 @@
+"""Prompts in, in a resumable order; responses out, as token batches."""

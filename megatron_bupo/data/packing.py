@@ -1,0 +1,36 @@
+"""Responses as tensors: one row per response, right-padded, prompt-major."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from megatron_bupo.types import RolloutGroup, TokenBatch
+
+
+def pack(groups: Sequence[RolloutGroup], advantages: Tensor, pad_id: int) -> TokenBatch:
+    """Rollouts with their advantages, `[prompts, responses_per_prompt]`, one for all its tokens."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    if advantages.numel() != len(rollouts):
+        raise ValueError(f"{advantages.numel()} advantages for {len(rollouts)} responses")
+    rows = [(*r.prompt.input_ids, *r.response_ids) for r in rollouts]
+    input_ids = pad_sequence(
+        [torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_id
+    )
+    ends = torch.tensor([len(row) for row in rows])[:, None]
+    begins = torch.tensor([len(r.prompt.input_ids) for r in rollouts])[:, None]
+    place = torch.arange(input_ids.shape[1])
+    response_mask = (begins <= place) & (place < ends)
+    rollout_logprobs = torch.zeros(input_ids.shape)
+    rollout_logprobs[response_mask] = torch.tensor(
+        [x for r in rollouts for x in r.rollout_logprobs]
+    )
+    return TokenBatch(
+        input_ids=input_ids,
+        response_mask=response_mask,
+        rollout_logprobs=rollout_logprobs,
+        advantages=advantages.reshape(-1, 1).float() * response_mask,
+    )

@@ -1,0 +1,31 @@
+"""The tokenizer of a checkpoint directory, never of the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_bupo.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_WAY_OUT = "set model.tokenizer to a directory with tokenizer.json and tokenizer_config.json"
+
+
+def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in `directory`, as `save_pretrained` left it there."""
+    where = f"model.tokenizer={directory}"
+    if not Path(directory).is_dir():
+        raise InputError(where, "there is no such directory", _WAY_OUT)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # OSError, ValueError, ImportError, and what the Rust side raises
+        reason = f"transformers finds no tokenizer in it ({type(error).__name__}: {error})"
+        raise InputError(where, reason, _WAY_OUT) from error
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+        # what transformers makes up for a checkpoint that has a config.json but no tokenizer files
+        raise InputError(where, "holds no tokenizer, or one of special tokens only", _WAY_OUT)
+    return tokenizer
