@@ -55,7 +55,6 @@ $(VENV)/.installed: setup.py $(PINS)
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing what tests and checks need"
 	@$(PIP) --editable '.[test,dev]'
-	@$(PIP) --no-deps mbridge==0.15.1
 	@touch $@
 
 clean:

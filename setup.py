@@ -37,9 +37,8 @@ EXTRAS = {
     "sglang": ["sglang", "sglang-router"],
     # nemo-run does not import beside newer leptonai
     "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.47"],
-    # mbridge 0.15.1, a second implementation of weight conversion for the tests, is installed
-    # beside these by the Makefile with --no-deps.
-    "test": ["pytest>=8", "pytest-timeout"],
+    # mbridge is a second implementation of weight conversion, to compare with.
+    "test": ["pytest>=8", "pytest-timeout", "mbridge==0.15.1"],
     "dev": ["ruff>=0.17", "basedpyright>=1.40", "pre-commit"],
 }
 
