@@ -105,6 +105,11 @@ class TokenBatch:
         }
         return TokenBatch(**picked)
 
+    def minibatches(self, count: int) -> list[TokenBatch]:
+        """The batch cut into `count` equal parts, in order."""
+        size = len(self) // count
+        return [self.rows(slice(start, start + size)) for start in range(0, size * count, size)]
+
     def with_old_logprobs(self, old_logprobs: Tensor) -> TokenBatch:
         """The same batch with the log-probs that the ratio divides by, `[responses, tokens]` nats."""
         return replace(self, old_logprobs=old_logprobs)

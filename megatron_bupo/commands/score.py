@@ -117,7 +117,8 @@ def _response(where: str, line: str, architecture: Architecture) -> GivenRespons
         raise InputError(where, "is not an object with input_ids and prompt_length", EXAMPLE)
     ids, length = row["input_ids"], row["prompt_length"]
     if not (isinstance(ids, list) and all(map(_is_int, ids)) and _is_int(length)):
-        raise InputError(where, "input_ids are not integers or prompt_length is none", EXAMPLE)
+        reason = "input_ids must be a list of integers and prompt_length an integer"
+        raise InputError(where, reason, EXAMPLE)
     if wrong := [i for i in ids if not 0 <= i < architecture.vocab_size]:
         reason = f"token id {wrong[0]} is outside the vocabulary"
         raise InputError(where, reason, f"use ids in 0..{architecture.vocab_size - 1}")

@@ -44,7 +44,8 @@ def dry_run(config: Config, layout: Layout) -> str:
         layers = check_model(config).layers
     else:
         layers = None
-        notes = [f"model.path={config.model.path} does not exist yet: {config.prepare} makes it"]
+        made = f"prepare={config.prepare} makes it"
+        notes = [f"model.path={config.model.path} does not exist yet: {made}"]
     lines = [*notes, *describe(config, layout, layers)]
     return to_yaml(config) + "".join(f"# {line}\n" for line in lines)
 
@@ -66,7 +67,7 @@ def describe(config: Config, layout: Layout, layers: int | None) -> Iterator[str
 def _stage(config: Config, layout: Layout, stage: int, chunks: Sequence[range]) -> str:
     parts = [
         *(["embedding"] if stage == 0 else []),
-        f"layers {' and '.join(_span(chunk) for chunk in chunks)}",
+        _numbered("layer", *chunks),
         *(["unembedding"] if stage == layout.pp - 1 else []),
         *(
             f"target layer {layer}"
@@ -75,7 +76,7 @@ def _stage(config: Config, layout: Layout, stage: int, chunks: Sequence[range]) 
         ),
     ]
     ranks = layout.stage_ranks(stage)
-    return f"stage {stage}, ranks {_span(ranks)}: {', '.join(parts)}"
+    return f"stage {stage}, {_numbered('rank', ranks)}: {', '.join(parts)}"
 
 
 def _phases(config: Config) -> Iterator[str]:
@@ -84,15 +85,17 @@ def _phases(config: Config) -> Iterator[str]:
     for layer, steps in config.bupo.phases():
         last = min(first + steps, config.steps) - 1
         if last >= first:
-            yield f"steps {first}-{last}: internal layer {layer}{read_out}"
+            yield f"{_numbered('step', range(first, last + 1))}: internal layer {layer}{read_out}"
         first += steps
     if first < config.steps:
-        yield f"steps {first}-{config.steps - 1}: full policy"
+        yield f"{_numbered('step', range(first, config.steps))}: full policy"
 
 
-def _span(numbers: Sequence[int]) -> str:
-    first, last = numbers[0], numbers[-1]
-    return str(first) if first == last else f"{first}-{last}"
+def _numbered(what: str, *spans: range) -> str:
+    """E.g. `layer 3`, `layers 1-2 and 5-6`."""
+    plural = "s" if sum(map(len, spans)) > 1 else ""
+    shown = (f"{s[0]}-{s[-1]}" if len(s) > 1 else str(s[0]) for s in spans)
+    return f"{what}{plural} {' and '.join(shown)}"
 
 
 def _groups(groups: Sequence[Sequence[int]]) -> str:

@@ -27,8 +27,8 @@ Question = str | list[dict[str, str]]
 
 def check_rows(data: DataConfig) -> None:
     """Every row of the train and eval data has a prompt and an answer. Needs no tokenizer."""
-    for source in filter(None, (data.train, data.eval)):
-        for row in read_rows(source):
+    for key, source in (("data.train", data.train), ("data.eval", data.eval)):
+        for row in read_rows(source, key=key) if source else ():
             _question(row, data)
             _answer(row, data)
 

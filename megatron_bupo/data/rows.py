@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_bupo.config import expand
 from megatron_bupo.errors import InputError
 
 _HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<split>.+))?")
@@ -44,11 +45,15 @@ class Row:
         return list(_paths(self.values))
 
 
-def read_rows(source: str) -> Iterator[Row]:
-    """The rows of `source`, one at a time; InputError where it is missing, malformed or empty."""
+def read_rows(source: str, *, key: str = "") -> Iterator[Row]:
+    """The rows of `source`, one at a time; InputError where it is missing, malformed or empty.
+
+    `key`: where the config names the source, for the message.
+    """
+    named, source = f"{key}={source}" if key else source, expand(source)
     read = _READERS.get(Path(source).suffix.lower(), _read_hub)
     if read is not _read_hub and not Path(source).is_file():
-        raise InputError(source, "there is no such file", f"name {_FORMATS}")
+        raise InputError(named, "there is no such file", f"name {_FORMATS}")
     index = -1
     for index, (place, values) in enumerate(read(source)):
         where = f"{source} row {index + 1}{place}"
@@ -56,7 +61,7 @@ def read_rows(source: str) -> Iterator[Row]:
             raise InputError(where, f"is a {type(values).__name__}, not an object with columns")
         yield Row(index, where, values)
     if index < 0:
-        raise InputError(source, "has no rows")
+        raise InputError(named, "has no rows", "give a file with a prompt and an answer per row")
 
 
 def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

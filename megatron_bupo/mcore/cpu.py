@@ -91,6 +91,9 @@ def _patch_torch_cuda() -> None:
 
 
 def _patch_factories() -> None:
+    # `with torch.device("meta")` knows the factories by identity, from a list made on first use. It must list
+    # the originals: with ours in it transformers would silently build models with unset buffers.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _factory_on_cpu(getattr(torch, name)))
 

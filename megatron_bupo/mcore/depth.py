@@ -113,19 +113,3 @@ def returning_hidden_states(chunk: Any) -> Iterator[None]:
         yield
     finally:
         chunk.post_process = before
-
-
-def trained_parameters(chunk: nn.Module, policy: Policy) -> dict[nn.Parameter, bool]:
-    """Every parameter of `chunk`, and whether the gradient of `policy` reaches it (appendix A.4)."""
-    decoder: Any = chunk.decoder
-    above = {p for layer in decoder.layers if is_above(policy, layer.layer_number) for p in layer.parameters()}
-    if decoder.final_layernorm is not None and skips_final_norm(policy):
-        above |= set(decoder.final_layernorm.parameters())
-    return {p: p not in above for p in chunk.parameters()}
-
-
-def layer_numbers(chunk: nn.Module) -> dict[nn.Parameter, int]:
-    """The layer (counted from 1) of every parameter that belongs to one."""
-    decoder: Any = chunk.decoder
-    return {p: layer.layer_number for layer in decoder.layers for p in layer.parameters()}
-

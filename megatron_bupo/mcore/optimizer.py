@@ -72,7 +72,7 @@ class PhasedOptimizer:
         self._trained: frozenset[Unit] | None = None
         self._frozen_now: list[Tensor] = []
         self._units: dict[torch.optim.Optimizer, dict[Tensor, Unit]] = {}
-        for part in getattr(self.megatron, "chained_optimizers", [self.megatron]):
+        for part in self._parts():
             inner = part.optimizer
             if inner is None:
                 continue
@@ -81,6 +81,10 @@ class PhasedOptimizer:
             inner.register_step_post_hook(self._follow_common_step)
         self._require_per_parameter_steps()
         self.clear_state()
+
+    def _parts(self) -> list[Any]:
+        """Megatron's optimizers, one per kind of parameter."""
+        return getattr(self.megatron, "chained_optimizers", [self.megatron])
 
     def _require_per_parameter_steps(self) -> None:
         fused = [type(o).__name__ for o in self._units if not isinstance(o, torch.optim.AdamW)]
@@ -161,6 +165,15 @@ class PhasedOptimizer:
                 for p, unit in parameters.items():
                     inner.state[p]["step"] = torch.tensor(float(steps[unit]))
 
+    def load(self, state: Any, steps: Mapping[Unit, float]) -> None:
+        """Take over a checkpoint's state, and each unit's own step counter."""
+        for part in self._parts():
+            _expect_no_step(part)
+        with torch.no_grad():
+            self.megatron.load_state_dict(state)
+        # Upstream shares one counter tensor between all states: each update would advance it many times.
+        self.set_steps(steps)
+
     @contextmanager
     def with_one_step(self) -> Iterator[None]:
         """Inside the block all counters are equal, as Megatron's checkpoint format demands."""
@@ -190,3 +203,19 @@ def _inner_parameters(part: Any, unit_of: Mapping[nn.Parameter, Unit]) -> Iterat
         tensor = parameter if main is None else main
         if id(tensor) in stepped:
             yield tensor, unit
+
+
+def _expect_no_step(part: Any) -> None:
+    """Let DistributedOptimizer load states without a `step`: its checkpoints of torch's AdamW have none."""
+    name = "_set_main_param_and_optimizer_states"
+    if not hasattr(part, name) or name in vars(part):
+        return
+    upstream = getattr(part, name)
+
+    def set_states(parameter: nn.Parameter, tensors: Mapping[str, Tensor]) -> None:
+        group, order = part.model_param_group_index_map[parameter]
+        own = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+        step = {"step": own["step"]} if "step" in own else {}
+        upstream(parameter, {**step, **tensors})
+
+    setattr(part, name, set_states)

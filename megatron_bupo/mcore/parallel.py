@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_bupo.config.checks import Layout
+from megatron_bupo.config.layout import Layout
 from megatron_bupo.mcore import cpu
 
 TIMEOUT = datetime.timedelta(minutes=30)

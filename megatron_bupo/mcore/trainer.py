@@ -23,7 +23,7 @@ from megatron_bupo.mcore.actor import MegatronActor
 from megatron_bupo.mcore.hf_weights import Unit
 from megatron_bupo.mcore.microbatches import Microbatch
 from megatron_bupo.mcore.native import build_native
-from megatron_bupo.mcore.optimizer import PhasedOptimizer
+from megatron_bupo.mcore.optimizer import PhasedOptimizer, learning_rate
 from megatron_bupo.mcore.weight_stream import trained_units
 from megatron_bupo.types import TokenBatch, UpdateReport
 
@@ -54,6 +54,14 @@ class MegatronTrainer(MegatronActor):
             use_distributed_optimizer=self.config.parallel.distributed_optimizer,
         )
         return build_native(DistributedDataParallelConfig, ours, self.config.megatron)
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of `step` of the loop, counted from 0."""
+        return learning_rate(step, self.config.steps, self.config.optimizer)
+
+    def begin_phase(self) -> None:
+        """The next step is the first to train another policy: see `bupo.optimizer_at_switch`."""
+        self.optimizer.begin_phase()
 
     def update(self, minibatch: TokenBatch, policy: Policy, *, lr: float) -> UpdateReport:
         """One optimizer update on `minibatch` (with its old log-probs), of the units that `policy` trains."""

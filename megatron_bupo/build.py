@@ -1,0 +1,209 @@
+"""From a checked config to live objects: the only file that knows every implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_bupo.algorithm.bupo import PhaseSchedule
+from megatron_bupo.config import Config, expand, flatten, to_yaml
+from megatron_bupo.data.order import PromptStream
+from megatron_bupo.data.prompts import load_prompts
+from megatron_bupo.data.tokenizer import load_tokenizer
+from megatron_bupo.evaluation.accuracy import accuracy
+from megatron_bupo.hf.tensors import CheckpointIndex, read_index
+from megatron_bupo.hf.writer import write_checkpoint
+from megatron_bupo.mcore import checkpoint, parallel
+from megatron_bupo.mcore.model import DTYPES
+from megatron_bupo.mcore.trainer import MegatronTrainer
+from megatron_bupo.preflight import Preflight
+from megatron_bupo.record.figure import draw_run
+from megatron_bupo.record.journal import Journal
+from megatron_bupo.record.summary import summarise
+from megatron_bupo.rewards.grader import Grader
+from megatron_bupo.rollout.embedded import EmbeddedEngine
+from megatron_bupo.rollout.engine import RolloutEngine
+from megatron_bupo.types import Prompt, Sampling
+
+TRAINING, HELD_OUT = 0, 1  # streams of sampling noise
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run on this rank, ready for step `first_step`; a context manager."""
+
+    config: Config
+    run_dir: Path
+    trainer: MegatronTrainer
+    engine: RolloutEngine
+    grader: Grader
+    prompts: PromptStream
+    held_out: Sequence[Prompt]
+    schedule: PhaseSchedule
+    journal: Journal
+    pad_id: int
+    first_step: int
+    world: int
+    closing: ExitStack
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.closing.__exit__(*error)  # type: ignore[arg-type]
+
+    def sampling(self, step: int) -> Sampling:
+        """How `step`'s responses are drawn."""
+        rollout = self.config.rollout
+        return Sampling(
+            responses_per_prompt=rollout.responses_per_prompt,
+            max_response_tokens=rollout.max_response_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            seed=_noise_seed(self.config.seed, TRAINING, step),
+        )
+
+    def evaluate(self, key: str) -> None:
+        """Note the accuracy on held-out prompts under `key`; the same noise each time, to compare."""
+        evaluation = self.config.evaluation
+        if not evaluation.every:
+            return
+        sampling = Sampling(
+            responses_per_prompt=evaluation.responses_per_prompt,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+            temperature=evaluation.temperature,
+            seed=_noise_seed(self.config.seed, HELD_OUT),
+        )
+        with self.journal.doing("evaluate"):
+            self.journal.note({key: accuracy(self.engine, self.grader, self.held_out, sampling)})
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Tell of what went wrong without stopping the run."""
+        for warning in warnings:
+            self.journal.say(f"warning: {warning}")
+
+    def save(self, step: int) -> None:
+        """Write the state before `step`. Collective."""
+        state = {"step": step, "config": flatten(self.config)}
+        with self.journal.doing("checkpoint"):
+            checkpoint.save(
+                self.trainer, self.run_dir, step, state, keep=self.config.checkpoint.keep
+            )
+
+    def finish(self) -> None:
+        """Leave the final policy as an HF checkpoint, the plot, and a paragraph on what came of it. Collective."""
+        if self.config.checkpoint.export_hf:
+            weights = self.trainer.all_weights()
+            if dist.get_rank() == 0:
+                model_dir = Path(expand(self.config.model.path))
+                write_checkpoint(
+                    self.run_dir / "hf", weights, like=model_dir, dtype=self.config.model.dtype
+                )
+            for _ in weights:
+                pass  # the other ranks do their part of the gathering
+        if dist.get_rank() == 0:
+            self.journal.display.__exit__(None, None, None)
+            figure = draw_run(self.run_dir)
+            self.journal.say("\n" + summarise(self.run_dir, self.config, world_size=self.world))
+            self.journal.say(f"metrics {self.run_dir / 'metrics.jsonl'}, plot {figure}")
+
+
+def _noise_seed(*keys: int) -> int:
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+
+
+def slice_opener(index: CheckpointIndex, stack: ExitStack) -> Callable[[str], Any]:
+    """`open(hf_name)` -> a lazy slice of that tensor; each file is opened once and closed with `stack`."""
+    from safetensors import safe_open
+
+    files: dict[Path, Any] = {}
+
+    def open_slice(name: str) -> Any:
+        file = index.tensors[name].file
+        if file not in files:
+            files[file] = stack.enter_context(safe_open(str(file), "pt"))
+        return files[file].get_slice(name)
+
+    return open_slice
+
+
+def build(ready: Preflight) -> Run:
+    """Everything the loop uses, resumed from the run directory's newest checkpoint. Collective."""
+    config, arch = ready.config, ready.architecture
+    run_dir, model_dir = Path(expand(config.run_dir)), expand(config.model.path)
+    stack = ExitStack()
+    grader = Grader(config.reward)  # first: its process starts while the rest loads
+    stack.callback(grader.close)
+    parallel.initialize(ready.layout, seed=config.seed)
+    stack.callback(parallel.shutdown)
+    tokenizer = load_tokenizer(expand(config.model.tokenizer or config.model.path))
+    with ExitStack() as files:
+        trainer = MegatronTrainer(arch, config, slice_opener(read_index(model_dir), files))
+    dtype = DTYPES[config.model.dtype]
+    engine = EmbeddedEngine(
+        model_dir, tokenizer, batch_size=config.rollout.batch_size, dtype=dtype
+    )
+    stack.callback(engine.close)
+    first_step, notes = _resume(trainer, engine, config, run_dir)
+    journal = stack.enter_context(
+        Journal(run_dir, config, first_step=first_step, speaks=dist.get_rank() == 0)
+    )
+    for note in notes:
+        journal.say(note)
+    if dist.get_rank() == 0:
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+    held_out: list[Prompt] = []
+    if config.data.eval and config.evaluation.every:
+        held_out = load_prompts(config.data.eval, config.data, tokenizer)
+    return Run(
+        config=config,
+        run_dir=run_dir,
+        trainer=trainer,
+        engine=engine,
+        grader=grader,
+        prompts=PromptStream(
+            load_prompts(config.data.train, config.data, tokenizer),
+            prompts_per_step=config.rollout.prompts_per_step,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+        ),
+        held_out=held_out[: config.evaluation.max_prompts],
+        schedule=PhaseSchedule.of(
+            config.bupo.phases(), read_out_norm=config.bupo.read_out_norm
+        ),
+        journal=journal,
+        pad_id=tokenizer.pad_token_id or 0,
+        first_step=first_step,
+        world=ready.layout.world,
+        closing=stack,
+    )
+
+
+def _resume(
+    trainer: MegatronTrainer, engine: RolloutEngine, config: Config, run_dir: Path
+) -> tuple[int, list[str]]:
+    """The step to go on with, and what there is to say about it."""
+    complete = checkpoint.complete_checkpoints(run_dir)
+    if not complete:
+        return 0, []
+    step, path = complete[-1]
+    before = checkpoint.read_run(path)["config"]
+    checkpoint.load(trainer, path)
+    engine.load_weights(trainer.all_weights(), version=step)
+    notes = [f"resuming at step {step} from {path}"]
+    for key, value in flatten(config).items():
+        if key in before and before[key] != _plain(value):
+            notes.append(f"changed since: {key} was {before[key]}, is {value}")
+    notes += [f"changed since: {key} was {before[key]}, is gone" for key in before if key not in flatten(config)]
+    return step, notes
+
+
+def _plain(value: object) -> object:
+    """`value` as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,182 @@
+"""Everything a step depends on, in Megatron's torch_dist format: a directory that any layout can load.
+
+::
+
+    run_dir/checkpoints/step_000020/     the state before step 20: weights, optimizer, counters, RNGs, config
+    run_dir/checkpoints/.step_000040.partial/      being written, or left by a kill; never read
+
+A checkpoint gets its name by one rename, after all ranks have written and synced their files, so a directory
+with a step's name is always whole.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import queue
+import random
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_bupo.mcore.trainer import MegatronTrainer
+
+NAME = re.compile(r"step_(\d{6,})")
+RUN_FILE = "run.json"  # the loop's own plain values
+# The optimizer's state in a form that every other tensor, pipeline and data-parallel layout can read.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    """Where the state before `step` is kept."""
+    return run_dir / "checkpoints" / f"step_{step:06d}"
+
+
+def complete_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """`(step, directory)` of every whole checkpoint, oldest first."""
+    found = (run_dir / "checkpoints").glob("step_*")
+    named = ((NAME.fullmatch(path.name), path) for path in found)
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
+def save(trainer: MegatronTrainer, run_dir: Path, step: int, run: Mapping[str, Any], *, keep: int) -> None:
+    """Write the state before `step`, with the loop's own plain values `run`; then drop all but `keep`. Collective."""
+    final = checkpoint_dir(run_dir, step)
+    work = final.with_name(f".{final.name}.partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)  # of an abandoned future: this run came from before it
+        work.mkdir(parents=True)
+    dist.barrier()
+    with trainer.optimizer.with_one_step():
+        state = _sharded_state(trainer, is_loading=False)
+    steps: list[dict[str, float]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(steps, trainer.optimizer.steps_by_unit())
+    counted = {unit: count for part in steps for unit, count in part.items()}
+    state["common"] = {"steps_by_unit": counted, "world": dist.get_world_size()}
+    state["rng"] = _rng_object(_rng_state())
+    with _writing_in_this_process():
+        dist_checkpointing.save(state, str(work), **_release_options())
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (work / RUN_FILE).write_text(json.dumps(dict(run), indent=2) + "\n")
+        os.replace(work, final)
+        for _, old in complete_checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+
+
+def load(trainer: MegatronTrainer, path: Path) -> None:
+    """Put the state at `path` into `trainer` and this process. Collective."""
+    same_ranks = _common(path)["world"] == dist.get_world_size()
+    with trainer.optimizer.with_one_step():
+        state = _sharded_state(trainer, is_loading=True)
+    if same_ranks:
+        state["rng"] = _rng_object(None)
+    loaded = dist_checkpointing.load(state, str(path))
+    for i, chunk in enumerate(trainer.gpt_chunks):
+        chunk.load_state_dict(loaded[f"model{i}"], strict=False)  # extra states are optional
+    trainer.optimizer.load(loaded["optimizer"], loaded["common"]["steps_by_unit"])
+    if same_ranks:
+        _set_rng_state(loaded["rng"])
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The loop's own values in the checkpoint at `path`."""
+    return json.loads((path / RUN_FILE).read_text())
+
+
+def _common(path: Path) -> dict[str, Any]:
+    return dist_checkpointing.load_common_state_dict(str(path))["common"]
+
+
+def _sharded_state(trainer: MegatronTrainer, *, is_loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(trainer.gpt_chunks)
+    }
+    state["optimizer"] = trainer.optimizer.megatron.sharded_state_dict(
+        dict(state), is_loading=is_loading, metadata=METADATA
+    )
+    return state
+
+
+def _rng_state() -> dict[str, Any]:
+    """Every random number generator of this rank."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.cuda.set_rng_state(state["device"])
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _rng_object(state: Any) -> ShardedObject:
+    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
+
+
+def _release_options() -> dict[str, Any]:
+    """Megatron-Core 0.18 and later would write through nvidia-resiliency-ext unless told otherwise."""
+    takes = inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if "async_strategy" in takes else {}
+
+
+def _write_here(
+    transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]
+) -> None:
+    """What `FileSystemWriterAsync.write_preloaded_data_multiproc` does, without its processes."""
+    written = {}
+    for i, bucket in enumerate(buckets):
+        outcome: queue.Queue[Any] = queue.Queue()
+        running: queue.Queue[int] = queue.Queue()
+        running.put(i)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, i, bucket, outcome, running, True
+        )
+        _, answer = outcome.get()
+        if isinstance(answer, Exception):
+            results.put(answer)
+            return
+        written[i] = answer
+    results.put(written)
+
+
+@contextmanager
+def _writing_in_this_process() -> Iterator[None]:
+    """Megatron-Core before 0.18 writes from forked processes and collects through a manager process.
+
+    The manager outlives a killed rank and holds its output pipes open for ever; forks of a process that has
+    gloo threads are a gamble. Saves here are synchronous, so both are replaced by plain calls.
+    """
+    patched: Any = filesystem_async
+    if not hasattr(patched, "_get_write_results_queue"):
+        yield
+        return
+    writer = patched.FileSystemWriterAsync
+    before = patched._get_write_results_queue, writer.__dict__["write_preloaded_data_multiproc"]
+    patched._get_write_results_queue = queue.Queue
+    writer.write_preloaded_data_multiproc = staticmethod(_write_here)
+    try:
+        yield
+    finally:
+        patched._get_write_results_queue, writer.write_preloaded_data_multiproc = before

@@ -1,0 +1,79 @@
+"""A run's journal: what each step did, how long each part took, told to the disk and to the person watching.
+
+Every rank keeps one, only the first rank's speaks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_bupo.algorithm.bupo import Policy
+from megatron_bupo.config.schema import Config
+from megatron_bupo.record.console import Display
+from megatron_bupo.record.metrics import MetricsLog, read_metrics
+
+ACTIVITIES = {  # name in time/..._s: what the display says
+    "generate": "generating responses",
+    "grade": "grading",
+    "old_logprobs": "old log-probs",
+    "update": "updating",
+    "sync": "syncing weights",
+    "evaluate": "evaluating",
+    "checkpoint": "saving a checkpoint",
+}
+
+
+class Journal:
+    """A context manager for the run; `with journal.step(...)` for a step, `doing(...)` for a part of it."""
+
+    def __init__(self, run_dir: Path, config: Config, *, first_step: int, speaks: bool) -> None:
+        self._log = None
+        history = []
+        if speaks:
+            tensorboard = config.logging.tensorboard
+            self._log = MetricsLog(run_dir, first_step=first_step, tensorboard=tensorboard)
+            history = read_metrics(run_dir)
+        self.display = Display(
+            config.steps, title=str(run_dir), history=history, on=speaks, live=config.logging.progress
+        )
+        self._metrics: dict[str, float] = {}
+
+    def __enter__(self) -> Journal:
+        self.display.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.display.__exit__(*error)  # type: ignore[arg-type]
+        if self._log is not None:
+            self._log.close()
+
+    @contextmanager
+    def step(self, step: int, policy: Policy) -> Iterator[None]:
+        """One step of the loop, which trains `policy`; its line is on disk when the block has ended."""
+        self.display.step_begins(policy)
+        start = time.perf_counter()
+        yield
+        self.note({"time/step_s": time.perf_counter() - start})
+        metrics, self._metrics = self._metrics, {}
+        if self._log is not None:
+            self.display.step_done(self._log.write(step, policy, metrics))
+
+    @contextmanager
+    def doing(self, activity: str) -> Iterator[None]:
+        """Part of a step, timed under `time/ACTIVITY_s`. A checkpoint counts for the step that follows it."""
+        start = time.perf_counter()
+        with self.display.doing(ACTIVITIES[activity]):
+            yield
+        key = f"time/{activity}_s"
+        self._metrics[key] = self._metrics.get(key, 0.0) + time.perf_counter() - start
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the step's line."""
+        self._metrics.update(metrics)
+
+    def say(self, text: str) -> None:
+        """A line for the person watching."""
+        self.display.say(text)

@@ -1,0 +1,62 @@
+"""What is worth knowing about a step, as `area/what_unit` numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from megatron_bupo.types import Grade, Rollout, RolloutGroup, TokenBatch, UpdateReport
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _rollouts(groups: Sequence[RolloutGroup]) -> Iterator[Rollout]:
+    return (rollout for group in groups for rollout in group.rollouts)
+
+
+def rollout_measures(
+    groups: Sequence[RolloutGroup], grades: Sequence[Sequence[Grade]]
+) -> dict[str, float]:
+    """Rewards, lengths and the full policy's entropy, which sampled every response in every phase.
+
+    `entropy/full_nats` is the mean over response tokens of the entropy of the distribution that each was drawn
+    from (at the sampling temperature).
+    """
+    rewards = [[grade.reward for grade in group] for group in grades]
+    entropies = [h for rollout in _rollouts(groups) for h in rollout.entropies]
+    return {
+        "rollout/reward_mean": fmean(reward for group in rewards for reward in group),
+        "rollout/groups_with_signal_fraction": fmean(float(min(g) < max(g)) for g in rewards),
+        "rollout/response_tokens_mean": fmean(len(r.response_ids) for r in _rollouts(groups)),
+        "rollout/truncated_fraction": fmean(r.finish_reason == "length" for r in _rollouts(groups)),
+        "rollout/reward_warnings": sum(g.warning is not None for group in grades for g in group),
+        "entropy/full_nats": fmean(entropies),
+    }
+
+
+def warnings_of(grades: Sequence[Sequence[Grade]]) -> list[str]:
+    """The distinct warnings of a step's grades."""
+    return sorted({grade.warning for group in grades for grade in group if grade.warning})
+
+
+def internal_measures(entropies: Tensor, batch: TokenBatch) -> dict[str, float]:
+    """The entropy of the internal layer policy at the response tokens; `entropies [responses, tokens]` nats."""
+    return {"entropy/internal_nats": float(entropies[batch.response_mask].double().mean())}
+
+
+def mismatch_measures(logprobs: Tensor, batch: TokenBatch) -> dict[str, float]:
+    """How far trainer and rollout engine disagree about the full policy, nats. Should be float noise."""
+    gap = (logprobs - batch.rollout_logprobs)[batch.response_mask].abs().double()
+    return {
+        "rollout/logprob_gap_mean_nats": float(gap.mean()),
+        "rollout/logprob_gap_max_nats": float(gap.max()),
+    }
+
+
+def update_measures(reports: Sequence[UpdateReport], lr: float) -> dict[str, float]:
+    """Means over the step's updates."""
+    every: list[Mapping[str, float]] = [report.metrics for report in reports]
+    means = {key: fmean(metrics[key] for metrics in every) for key in every[0]}
+    return {**means, "update/learning_rate": lr}

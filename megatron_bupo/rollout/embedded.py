@@ -1,0 +1,174 @@
+"""Rollouts without a server: the model in transformers, inside the trainer's own processes.
+
+Ranks share the responses out, each decodes its own with a key-value cache, and all gather all of
+them. It is what a laptop uses; every rank holds a whole copy of the model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from megatron_bupo import collective
+from megatron_bupo.errors import InputError
+from megatron_bupo.rollout.decoding import Response, decode
+from megatron_bupo.rollout.sampling import uniforms
+from megatron_bupo.types import Prompt, Rollout, RolloutGroup, Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class _Request(NamedTuple):
+    """Response number `response` of the prompt in place `place` of the list."""
+
+    place: int
+    response: int
+
+
+class EmbeddedEngine:
+    """A `RolloutEngine` on transformers."""
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Load `model_dir` in `dtype`; decode `batch_size` responses at a time, per rank."""
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        transformers_logging.disable_progress_bar()  # the terminal is the run's own display's
+        # `dtype=` rather than `.to(dtype)`, which also rounds the rotary frequencies.
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, local_files_only=True
+        )
+        self.model: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+        self.stop_ids = _stop_ids(self.model, tokenizer)
+        self.version = 0
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
+        """A group per prompt, in order, the same on every rank."""
+        for prompt in prompts:
+            self._check(prompt, sampling)
+        group_size = sampling.responses_per_prompt
+        requests = [
+            _Request(place, response)
+            for place in range(len(prompts))
+            for response in range(group_size)
+        ]
+        mine = self._respond(prompts, collective.share(requests), sampling)
+        responses = iter(collective.gather(mine))
+        return [
+            RolloutGroup(
+                prompt, tuple(self._rollout(prompt, next(responses)) for _ in range(group_size))
+            )
+            for prompt in prompts
+        ]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        """Take over `(hf_name, full tensor)` pairs; what is not in the stream stays as it is."""
+        own = dict(
+            self.model.named_parameters(remove_duplicate=False)
+        )  # a tied lm_head has two names
+        for name, tensor in weights:
+            if name not in own:
+                raise KeyError(f"{name} is no weight of {type(self.model).__name__}")
+            if own[name].shape != tensor.shape:  # copy_ would broadcast
+                raise ValueError(f"{name} is {[*tensor.shape]}, the model's {[*own[name].shape]}")
+            own[name].copy_(tensor)
+        self.version = version
+
+    def close(self) -> None:
+        """Free the model."""
+        del self.model
+
+    def _check(self, prompt: Prompt, sampling: Sampling) -> None:
+        """Refuse what the model cannot read, before anything is generated."""
+        where, config = f"data row {prompt.index}", self.model.config
+        context, limit = config.max_position_embeddings, sampling.max_response_tokens
+        if not 1 <= len(prompt.input_ids) <= context - limit:
+            raise InputError(
+                f"{where}: a prompt of {len(prompt.input_ids)} tokens",
+                f"the model's context of {context} leaves 1 to {context - limit} beside "
+                f"rollout.max_response_tokens={limit}",
+                "lower data.max_prompt_tokens or rollout.max_response_tokens",
+            )
+        for token in (min(prompt.input_ids), max(prompt.input_ids)):
+            if not 0 <= token < config.vocab_size:
+                raise InputError(
+                    f"{where}: token id {token}",
+                    f"the model's vocabulary holds 0 to {config.vocab_size - 1}",
+                    "set model.tokenizer to the model's own",
+                )
+
+    def _respond(
+        self, prompts: Sequence[Prompt], requests: Sequence[_Request], sampling: Sampling
+    ) -> list[Response]:
+        """Responses to `requests`, in order; prompts of like lengths are decoded together."""
+        order = sorted(
+            range(len(requests)), key=lambda i: len(prompts[requests[i].place].input_ids)
+        )
+        responses: dict[int, Response] = {}
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            decoded = self._decode(prompts, [requests[i] for i in batch], sampling)
+            responses.update(zip(batch, decoded, strict=True))
+        return [responses[i] for i in range(len(requests))]
+
+    def _decode(
+        self, prompts: Sequence[Prompt], requests: Sequence[_Request], sampling: Sampling
+    ) -> list[Response]:
+        """The responses of one batch."""
+        places = sorted({request.place for request in requests})
+        noise = [
+            uniforms(
+                seed=sampling.seed,
+                prompt=prompts[request.place].index,
+                response=request.response,
+                count=sampling.max_response_tokens,
+            )
+            for request in requests
+        ]
+        return decode(
+            self.model,
+            [prompts[place].input_ids for place in places],
+            [places.index(request.place) for request in requests],
+            torch.from_numpy(np.stack(noise)).to(self.model.device),
+            stop_ids=self.stop_ids,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+        )
+
+    def _rollout(self, prompt: Prompt, response: Response) -> Rollout:
+        text = self.tokenizer.decode(
+            [*response.token_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return Rollout(
+            prompt=prompt,
+            response_ids=response.token_ids,
+            text=text,
+            rollout_logprobs=response.logprobs,
+            entropies=response.entropies,
+            finish_reason="stop" if response.stopped else "length",
+            policy_version=self.version,
+        )
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Tokens that end a response: the tokenizer's eos and those of the generation config."""
+    named = model.generation_config.eos_token_id if model.generation_config else None
+    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    return torch.tensor([i for i in ids if i is not None], dtype=torch.long, device=model.device)
