@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "data": {"types", "config", "errors"},
     "rewards": {"types", "config", "errors", "collective"},
     "rollout": {"types", "config", "errors", "collective", "hf"},
+    "evaluation": {"types", "config", "rewards", "rollout"},
     "mcore": {"types", "config", "errors", "algorithm", "hf"},
     "record": {"types", "config", "errors", "algorithm"},
     "bed": {"types", "config", "errors", "data", "hf"},
