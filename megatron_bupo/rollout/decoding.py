@@ -152,7 +152,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 def _append(room: Tensor | None, used: int, new: Tensor) -> Tensor:
-    """Write `new` behind the `used` tokens of `room [batch, heads, tokens, size]`, or a larger one."""
+    """Write `new` behind the `used` tokens of `room [batch, heads, tokens, size]`, or a larger."""
     end = used + new.shape[-2]
     if room is None or end > room.shape[-2]:
         larger = new.new_empty(*new.shape[:2], 2 * end, new.shape[-1])
