@@ -24,7 +24,7 @@ REQUIRES = [
     "omegaconf>=2.3",
     "pyyaml",
     "math-verify",
-    "pebble",
+    "pyarrow",
     "rich",
     "tensorboard",
     "matplotlib",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -17,7 +16,8 @@ from megatron_bupo.data.order import PromptStream
 from megatron_bupo.data.prompts import load_prompts
 from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.evaluation.accuracy import accuracy
-from megatron_bupo.hf.tensors import CheckpointIndex, read_index
+from megatron_bupo.hf.reader import slice_opener
+from megatron_bupo.hf.tensors import read_index
 from megatron_bupo.hf.writer import write_checkpoint
 from megatron_bupo.mcore import checkpoint, parallel
 from megatron_bupo.mcore.model import DTYPES
@@ -70,7 +70,9 @@ class Run:
         )
 
     def evaluate(self, key: str) -> None:
-        """Note the accuracy on held-out prompts under `key`; the same noise each time, to compare."""
+        """Note the accuracy on held-out prompts under `key`; the same noise each time, to
+        compare.
+        """
         evaluation = self.config.evaluation
         if not evaluation.every:
             return
@@ -97,7 +99,9 @@ class Run:
             )
 
     def finish(self) -> None:
-        """Leave the final policy as an HF checkpoint, the plot, and a paragraph on what came of it. Collective."""
+        """Leave the final policy as an HF checkpoint, the plot, and a paragraph on what came of
+        it. Collective.
+        """
         if self.config.checkpoint.export_hf:
             weights = self.trainer.all_weights()
             if dist.get_rank() == 0:
@@ -118,21 +122,6 @@ def _noise_seed(*keys: int) -> int:
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
 
 
-def slice_opener(index: CheckpointIndex, stack: ExitStack) -> Callable[[str], Any]:
-    """`open(hf_name)` -> a lazy slice of that tensor; each file is opened once and closed with `stack`."""
-    from safetensors import safe_open
-
-    files: dict[Path, Any] = {}
-
-    def open_slice(name: str) -> Any:
-        file = index.tensors[name].file
-        if file not in files:
-            files[file] = stack.enter_context(safe_open(str(file), "pt"))
-        return files[file].get_slice(name)
-
-    return open_slice
-
-
 def build(ready: Preflight) -> Run:
     """Everything the loop uses, resumed from the run directory's newest checkpoint. Collective."""
     config, arch = ready.config, ready.architecture
@@ -146,9 +135,7 @@ def build(ready: Preflight) -> Run:
     with ExitStack() as files:
         trainer = MegatronTrainer(arch, config, slice_opener(read_index(model_dir), files))
     dtype = DTYPES[config.model.dtype]
-    engine = EmbeddedEngine(
-        model_dir, tokenizer, batch_size=config.rollout.batch_size, dtype=dtype
-    )
+    engine = EmbeddedEngine(model_dir, tokenizer, batch_size=config.rollout.batch_size, dtype=dtype)
     stack.callback(engine.close)
     first_step, notes = _resume(trainer, engine, config, run_dir)
     journal = stack.enter_context(
@@ -174,11 +161,9 @@ def build(ready: Preflight) -> Run:
             shuffle=config.data.shuffle,
         ),
         held_out=held_out[: config.evaluation.max_prompts],
-        schedule=PhaseSchedule.of(
-            config.bupo.phases(), read_out_norm=config.bupo.read_out_norm
-        ),
+        schedule=PhaseSchedule.of(config.bupo.phases(), read_out_norm=config.bupo.read_out_norm),
         journal=journal,
-        pad_id=tokenizer.pad_token_id or 0,
+        pad_id=0,  # masked out everywhere: any id will do
         first_step=first_step,
         world=ready.layout.world,
         closing=stack,
@@ -200,7 +185,11 @@ def _resume(
     for key, value in flatten(config).items():
         if key in before and before[key] != _plain(value):
             notes.append(f"changed since: {key} was {before[key]}, is {value}")
-    notes += [f"changed since: {key} was {before[key]}, is gone" for key in before if key not in flatten(config)]
+    notes += [
+        f"changed since: {key} was {before[key]}, is gone"
+        for key in before
+        if key not in flatten(config)
+    ]
     return step, notes
 
 

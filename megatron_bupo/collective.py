@@ -1,4 +1,6 @@
-"""Work shared out over all ranks and gathered again, in order. One process: both are the identity."""
+"""Work shared out over all ranks and gathered again, in order. One process: both are the
+identity.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 
 def gather(mine: Sequence[T]) -> list[T]:
-    """The shares of all ranks put together again, on every rank, in the order `share` dealt them."""
+    """The shares of all ranks put together again, on every rank, in the order `share` dealt
+    them.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return list(mine)
     shares: list[Sequence[T]] = [()] * dist.get_world_size()

@@ -1,10 +1,14 @@
-"""The one kind of error a user is meant to see: key or file, value, reason, way out; one line, exit code 2."""
+"""The one kind of error a user is meant to see: key or file, value, reason, way out; one line,
+exit code 2.
+"""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Bad input, found before any process group starts. `str(error)` is the whole message, on one line."""
+    """Bad input, found before any process group starts. `str(error)` is the whole message, on
+    one line.
+    """
 
     def __init__(self, where: str, reason: str, way_out: str = "") -> None:
         """`where` names the key or file with its value, e.g. `bupo.target_layer=36`."""

@@ -1,9 +1,10 @@
-"""Log-probs and entropies of given responses, under any policy and layout: what debugging and tests compare with."""
+"""Log-probs and entropies of given responses, under any policy and layout: what debugging and
+tests compare with.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
@@ -12,9 +13,9 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_bupo.algorithm.bupo import Policy
-from megatron_bupo.build import slice_opener
 from megatron_bupo.commands.score import GivenResponse, Scoring
 from megatron_bupo.config import expand
+from megatron_bupo.hf.reader import slice_opener
 from megatron_bupo.hf.tensors import read_index
 from megatron_bupo.mcore import parallel
 from megatron_bupo.mcore.actor import MegatronActor
@@ -24,9 +25,11 @@ MICROBATCHES_AT_ONCE = 8  # per data-parallel replica; bounds what is held betwe
 
 
 def score(scoring: Scoring) -> None:
-    """Write `{"logprobs": [...], "entropies": [...]}` for each response, in order. Every rank runs this.
+    """Write `{"logprobs": [...], "entropies": [...]}` for each response, in order. Every rank runs
+    this.
 
-    fp32 nats, one number per response token; an entropy is that of the distribution its token was drawn from.
+    fp32 nats, one number per response token; an entropy is that of the distribution its token was
+    drawn from.
     """
     ready = scoring.ready
     parallel.initialize(ready.layout, seed=ready.config.seed)
@@ -40,7 +43,7 @@ def score(scoring: Scoring) -> None:
             partial = scoring.out.with_name(f".{scoring.out.name}.partial")
             with partial.open("w") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-            os.replace(partial, scoring.out)
+            partial.replace(scoring.out)
         for _ in rows:
             pass  # the other ranks' part of the passes
         dist.barrier()

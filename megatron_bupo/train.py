@@ -1,7 +1,8 @@
-"""The loop: sample, grade, credit, learn, sync. It reads like the algorithm, and every rank runs it.
+"""The loop: sample, grade, credit, learn, sync. It reads like the algorithm, and every rank runs
+it.
 
-Responses come from the full policy in every phase; which policy learns from them is `schedule`'s answer.
-With `bupo.internal_steps=0` it is GRPO, to the bit.
+Responses come from the full policy in every phase; which policy learns from them is `schedule`'s
+answer. With `bupo.internal_steps=0` it is GRPO, to the bit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from megatron_bupo.record import measures
 
 
 def train(ready: Preflight) -> None:
-    """Train from where the run directory stands to the last step, and leave the trained model there."""
+    """Train from where the run directory stands to the last step, and leave the trained model
+    there.
+    """
     with build(ready) as run:
         for step in range(run.first_step, run.config.steps):
             train_step(run, step)
@@ -27,7 +30,9 @@ def train(ready: Preflight) -> None:
 
 
 def train_step(run: Run, step: int) -> None:
-    """One step: `prompts_per_step` prompts, their responses, and `minibatches` updates of one policy."""
+    """One step: `prompts_per_step` prompts, their responses, and `minibatches` updates of one
+    policy.
+    """
     config, journal, trainer = run.config, run.journal, run.trainer
     policy = run.schedule.policy_at(step)
     with journal.step(step, policy):

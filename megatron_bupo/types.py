@@ -11,9 +11,9 @@ A worked example, two prompts with two responses each (`|` marks where the respo
                 response_mask   [[0,  0, 0,  0 | 1,  1,  1],    # True on response tokens
                                  [0,  0, 0,  0 | 1,  1,  0], ...]
 
-Every `[responses, tokens]` tensor is aligned with `input_ids`: entry `[i, t]` speaks of token `t` of
-response `i`. So `logprobs[i, t]` is the log-probability (nats) of that token given the tokens before
-it, and is defined where `response_mask[i, t]` is True; elsewhere it is 0.
+Every `[responses, tokens]` tensor is aligned with `input_ids`: entry `[i, t]` speaks of token `t`
+of response `i`. So `logprobs[i, t]` is the log-probability (nats) of that token given the tokens
+before it, and is defined where `response_mask[i, t]` is True; elsewhere it is 0.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class Grade:
-    """A grader's verdict on one rollout. A grader that failed or hung leaves reward 0 and says why."""
+    """A grader's verdict on one rollout. A grader that failed or hung leaves reward 0 and says
+    why.
+    """
 
     reward: float
     warning: str | None = None
@@ -81,7 +83,9 @@ class Grade:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Responses as tensors, ready for the actor; all fields `[responses, tokens]`, aligned with `input_ids`."""
+    """Responses as tensors, ready for the actor; all fields `[responses, tokens]`, aligned with
+    `input_ids`.
+    """
 
     input_ids: Tensor  # int64, right-padded
     response_mask: Tensor  # bool
@@ -99,11 +103,11 @@ class TokenBatch:
 
     def rows(self, index: Any) -> TokenBatch:
         """The batch of the responses `index` (a slice or an index tensor)."""
-        picked = {
+        picked: dict[str, Any] = {
             f.name: None if (value := getattr(self, f.name)) is None else value[index]
             for f in fields(self)
         }
-        return TokenBatch(**picked)
+        return replace(self, **picked)
 
     def minibatches(self, count: int) -> list[TokenBatch]:
         """The batch cut into `count` equal parts, in order."""
@@ -111,7 +115,9 @@ class TokenBatch:
         return [self.rows(slice(start, start + size)) for start in range(0, size * count, size)]
 
     def with_old_logprobs(self, old_logprobs: Tensor) -> TokenBatch:
-        """The same batch with the log-probs that the ratio divides by, `[responses, tokens]` nats."""
+        """The same batch with the log-probs that the ratio divides by, `[responses, tokens]`
+        nats.
+        """
         return replace(self, old_logprobs=old_logprobs)
 
 

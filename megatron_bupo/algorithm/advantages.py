@@ -11,11 +11,13 @@ STD_FLOOR = 1e-6
 def group_relative_advantages(rewards: Tensor, *, normalize_by_std: bool = True) -> Tensor:
     """GRPO's advantages: `(R - mean) / (std + 1e-6)` in each group, unbiased std (BuPO Eq 3).
 
-    `rewards [prompts, responses_per_prompt]` -> the same shape, fp32. A group whose rewards are all equal
-    teaches nothing: its advantages are 0. Without `normalize_by_std`: `R - mean`.
+    `rewards [prompts, responses_per_prompt]` -> the same shape, fp32. A group whose rewards are all
+    equal teaches nothing: its advantages are 0. Without `normalize_by_std`: `R - mean`.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"need [prompts, responses_per_prompt >= 2] rewards, not {list(rewards.shape)}")
+        raise ValueError(
+            f"need [prompts, responses_per_prompt >= 2] rewards, not {list(rewards.shape)}"
+        )
     rewards = rewards.float()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if not normalize_by_std:
@@ -32,9 +34,9 @@ def token_weights(response_mask: Tensor, aggregation: str) -> Tensor:
     """How much each token's loss counts, `[responses, tokens]` fp32, over a whole minibatch.
 
     "token_mean": every response token alike, 1 / (response tokens of the minibatch).
-    "sequence_mean": 1 / responses, shared by the tokens of a response (BuPO Eq 9).
-    Weights come from the whole minibatch, so the loss does not depend on how it is cut into micro-batches
-    or dealt to ranks.
+    "sequence_mean": 1 / responses, shared by the tokens of a response (BuPO Eq 9). Weights come
+    from the whole minibatch, so the loss does not depend on how it is cut into micro-batches or
+    dealt to ranks.
     """
     mask = response_mask.to(torch.float32)
     if aggregation == "token_mean":

@@ -1,16 +1,18 @@
 """Which policy does a step train? The whole of BuPO is in the answer.
 
-A transformer adds to its residual stream layer by layer, so the stream after any layer l can be read out
-through the unembedding E (arXiv 2512.19673, Eq 1 and 5)::
+A transformer adds to its residual stream layer by layer, so the stream after any layer l can be
+read out through the unembedding E (arXiv 2512.19673, Eq 1 and 5)::
 
     full policy             pi(. | x)   = softmax(E norm(h_L))
     internal layer policy   pi_l(. | x) = softmax(E h_l)          1 <= l < L, without the final norm
 
-BuPO (Eq 10) trains pi_l with the GRPO objective for the first `internal_steps` steps, then pi. Responses
-come from pi in both phases; the ratio's two sides, old and new log-probs, come from the policy that trains.
-The gradient of pi_l reaches the embedding, layers 1..l and E, and nothing else (appendix A.4).
+BuPO (Eq 10) trains pi_l with the GRPO objective for the first `internal_steps` steps, then pi.
+Responses come from pi in both phases; the ratio's two sides, old and new log-probs, come from the
+policy that trains. The gradient of pi_l reaches the embedding, layers 1..l and E, and nothing else
+(appendix A.4).
 
-A schedule is a list of `(layer, steps)` stages from the bottom up; the paper's hard switch is one stage.
+A schedule is a list of `(layer, steps)` stages from the bottom up; the paper's hard switch is one
+stage.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ class FullPolicy:
 
 @dataclass(frozen=True)
 class InternalLayerPolicy:
-    """softmax(E h_l), layers counted from 1; `read_out_norm` puts the final norm before E (Table 5's ablation)."""
+    """softmax(E h_l), layers counted from 1; `read_out_norm` puts the final norm before E (Table
+    5's ablation).
+    """
 
     layer: int
     read_out_norm: bool = False
@@ -52,7 +56,11 @@ class PhaseSchedule:
     def of(cls, stages: Iterable[Sequence[int]], *, read_out_norm: bool = False) -> PhaseSchedule:
         """The schedule of `(layer, steps)` pairs; pairs with no steps drop out."""
         return cls(
-            tuple((InternalLayerPolicy(layer, read_out_norm), steps) for layer, steps in stages if steps)
+            tuple(
+                (InternalLayerPolicy(layer, read_out_norm), steps)
+                for layer, steps in stages
+                if steps
+            )
         )
 
     def policy_at(self, step: int) -> Policy:

@@ -2,10 +2,11 @@
 
 With ratio r = exp(logprobs - old_logprobs), both of the policy that trains (BuPO Eq 9)::
 
-    loss = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))        and where A < 0: at most -A dual_clip
+    loss = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))        and where A < 0: at most -A
+    dual_clip
 
-The ratio limits the size of an update; it does not correct for who sampled the response. The exponent is
-clamped to +-20 against overflow, as in the authors' code.
+The ratio limits the size of an update; it does not correct for who sampled the response. The
+exponent is clamped to +-20 against overflow, as in the authors' code.
 """
 
 from __future__ import annotations

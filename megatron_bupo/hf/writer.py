@@ -1,13 +1,12 @@
 """A stream of `(hf_name, tensor)` written as a Hugging Face checkpoint directory.
 
-Shards are written as the stream flows, so one shard is held at a time. The directory appears under its name
-only when it is complete.
+Shards are written as the stream flows, so one shard is held at a time. The directory appears under
+its name only when it is complete.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,10 +35,11 @@ def write_checkpoint(
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `weights` to the new directory `out`, with config and tokenizer files copied from `like`.
+    """Write `weights` to the new directory `out`, with config and tokenizer files copied from
+    `like`.
 
-    `dtype` is the weights' (`float32`, `bfloat16`) and is written to config.json. An existing `out` is replaced
-    only once the new one is complete.
+    `dtype` is the weights' (`float32`, `bfloat16`) and is written to config.json. An existing `out`
+    is replaced only once the new one is complete.
     """
     work = out.with_name(f".{out.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
@@ -49,8 +49,8 @@ def write_checkpoint(
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
-        os.replace(out, old)
-    os.replace(work, out)
+        out.replace(old)
+    work.replace(out)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -85,7 +85,8 @@ def _write_shards(out: Path, weights: Iterable[tuple[str, Tensor]], shard_bytes:
         bytes_ = tensor.numel() * tensor.element_size()
         if size + bytes_ > shard_bytes:
             flush()
-        # A copy of its own: the stream's tensors are views into a buffer that is larger than they are.
+        # A copy of its own: the stream's tensors are views into a buffer that is larger than they
+        # are.
         held[name] = tensor.detach().cpu().clone().contiguous()
         size, total = size + bytes_, total + bytes_
     flush()
@@ -93,14 +94,16 @@ def _write_shards(out: Path, weights: Iterable[tuple[str, Tensor]], shard_bytes:
 
 
 def _name_shards(out: Path, names: list[list[str]], total_bytes: int) -> None:
-    """`model.safetensors`, or `model-00001-of-0000N.safetensors` with an index, as transformers reads them."""
+    """`model.safetensors`, or `model-00001-of-0000N.safetensors` with an index, as transformers
+    reads them.
+    """
     if len(names) == 1:
-        os.replace(out / "shard-0.safetensors", out / "model.safetensors")
+        (out / "shard-0.safetensors").replace(out / "model.safetensors")
         return
     weight_map = {}
     for i, shard in enumerate(names):
         file = f"model-{i + 1:05d}-of-{len(names):05d}.safetensors"
-        os.replace(out / f"shard-{i}.safetensors", out / file)
+        (out / f"shard-{i}.safetensors").replace(out / file)
         weight_map |= dict.fromkeys(shard, file)
     index = {
         "metadata": {"total_size": total_bytes},

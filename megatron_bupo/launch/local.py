@@ -1,8 +1,9 @@
 """The ranks of a layout as processes on this machine, for whoever did not come through torchrun.
 
-Where there is no GPU the ranks are forked from a process that has already imported everything, which takes a
-fraction of a second; a process that may touch CUDA must be spawned. Ranks die with this process, however it
-dies, so a killed run leaves nothing behind that could go on writing to its directory.
+Where there is no GPU the ranks are forked from a process that has already imported everything,
+which takes a fraction of a second; a process that may touch CUDA must be spawned. Ranks die with
+this process, however it dies, so a killed run leaves nothing behind that could go on writing to its
+directory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent ends (Linux; elsewhere a clean exit must do)."""
+    """Ask the kernel to kill this process when its parent ends (Linux; elsewhere a clean exit
+    must do).
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before the request
@@ -31,7 +34,11 @@ def under_torchrun() -> bool:
 
 
 def _rank_main(
-    rank: int, parent: int, environment: dict[str, str], function: Callable[..., None], args: tuple[Any, ...]
+    rank: int,
+    parent: int,
+    environment: dict[str, str],
+    function: Callable[..., None],
+    args: tuple[Any, ...],
 ) -> None:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends its ranks
@@ -43,9 +50,11 @@ def _rank_main(
 
 
 def run_ranks(function: Callable[..., None], world_size: int, *args: Any) -> None:
-    """`function(*args)` on `world_size` ranks: here if one rank or under torchrun, else in new processes.
+    """`function(*args)` on `world_size` ranks: here if one rank or under torchrun, else in new
+    processes.
 
-    Returns when all ranks have; the first rank that fails ends the others, and its traceback is raised here.
+    Returns when all ranks have; the first rank that fails ends the others, and its traceback is
+    raised here.
     """
     if world_size == 1 or under_torchrun():
         function(*args)
@@ -64,7 +73,7 @@ def run_ranks(function: Callable[..., None], world_size: int, *args: Any) -> Non
     }
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-    context = start_processes(
+    context: Any = start_processes(
         _rank_main,
         args=(os.getpid(), environment, function, args),
         nprocs=world_size,

@@ -1,7 +1,14 @@
-"""Tokens -> log-probs -> optimizer steps, on Megatron-Core. The only package that imports `megatron`."""
+"""Tokens -> log-probs -> optimizer steps, on Megatron-Core. The only package that imports
+`megatron`.
+"""
 
 import warnings
 
-# Said on every import, by every rank; `RMSNorm` and `CausalAttention` in spec.py take the missing parts.
-for _message in ("Transformer Engine and Apex", "Apex is not installed", "full scope is deprecated"):
+# Said on every import, by every rank; `RMSNorm` and `CausalAttention` in spec.py take the missing
+# parts.
+for _message in (
+    "Transformer Engine and Apex",
+    "Apex is not installed",
+    "full scope is deprecated",
+):
     warnings.filterwarnings("ignore", message=_message, category=UserWarning)

@@ -30,7 +30,9 @@ from megatron_bupo.types import TokenBatch
 class MegatronActor:
     """The model of `arch` with weights from `open_slice(hf_name)`, under the layout of `config`."""
 
-    def __init__(self, arch: Architecture, config: Config, open_slice: Callable[[str], Any]) -> None:
+    def __init__(
+        self, arch: Architecture, config: Config, open_slice: Callable[[str], Any]
+    ) -> None:
         self.arch, self.config = arch, config
         self.native = model.transformer_config(arch, config)
         self.gpt_chunks = model.build_chunks(arch, config, self.native)
@@ -49,9 +51,11 @@ class MegatronActor:
     def logprobs(
         self, batch: TokenBatch, policy: Policy, *, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of every response token under `policy`, fp32 nats `[responses, tokens]` each.
+        """Log-probs and entropies of every response token under `policy`, fp32 nats `[responses,
+        tokens]` each.
 
-        The entropy at a token is that of the distribution it was drawn from. Zero outside responses.
+        The entropy at a token is that of the distribution it was drawn from. Zero outside
+        responses.
         """
         out = torch.zeros(2, batch.input_ids.numel(), device=cpu.device())
         for at, values in self._run(batch, policy, score=partial(self._score, temperature)):
@@ -60,8 +64,12 @@ class MegatronActor:
         logprobs, entropies = out.view(2, *batch.input_ids.shape)
         return logprobs, entropies
 
-    def _score(self, temperature: float, microbatch: Microbatch, hidden: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        return microbatch.at, torch.stack(self._read_out(microbatch, hidden, temperature, with_entropy=True))
+    def _score(
+        self, temperature: float, microbatch: Microbatch, hidden: Tensor, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        return microbatch.at, torch.stack(
+            self._read_out(microbatch, hidden, temperature, with_entropy=True)
+        )
 
     def _read_out(
         self, microbatch: Microbatch, hidden: Tensor, temperature: float, *, with_entropy: bool
@@ -88,13 +96,16 @@ class MegatronActor:
         score: Callable[..., Any] | None = None,
         learn: Callable[..., Any] | None = None,
     ) -> list[Any]:
-        """Push this rank's share of `batch` through the pipeline, with backward passes if there is a `learn`.
+        """Push this rank's share of `batch` through the pipeline, with backward passes if there is
+        a `learn`.
 
-        Returns what the last stage's `score(microbatch, hidden)` or `learn(microbatch, hidden)` gave for each
-        micro-batch; nothing on other stages.
+        Returns what the last stage's `score(microbatch, hidden)` or `learn(microbatch, hidden)`
+        gave for each micro-batch; nothing on other stages.
         """
         size, vpp = self.config.trainer.microbatch_size, self.config.parallel.vpp
-        length = padded_length(batch, multiple=self.config.parallel.tp if self.native.sequence_parallel else 1)
+        length = padded_length(
+            batch, multiple=self.config.parallel.tp if self.native.sequence_parallel else 1
+        )
         stages = mpu.get_pipeline_model_parallel_world_size() if vpp > 1 else 1
         microbatches = list(
             cut(
@@ -107,7 +118,9 @@ class MegatronActor:
             )
         )
 
-        def forward(iterator: Iterator[Microbatch], wrapped: Any) -> tuple[Tensor, Callable[..., Any]]:
+        def forward(
+            iterator: Iterator[Microbatch], wrapped: Any
+        ) -> tuple[Tensor, Callable[..., Any]]:
             microbatch = next(iterator)
             gpt = self.gpt_chunks[self.wrapped.index(wrapped)]
             with returning_hidden_states(gpt):
@@ -116,7 +129,7 @@ class MegatronActor:
 
         iterators = [iter(microbatches) for _ in self.wrapped]
         with self.router.computing(policy), torch.set_grad_enabled(learn is not None):
-            results = get_forward_backward_func()(
+            return get_forward_backward_func()(
                 forward_step_func=forward,
                 data_iterator=iterators if vpp > 1 else iterators[0],
                 model=self.wrapped if vpp > 1 else self.wrapped[0],
@@ -126,7 +139,6 @@ class MegatronActor:
                 forward_only=learn is None,
                 collect_non_loss_data=learn is None,
             )
-        return results
 
     def _share_of(self, responses: int) -> slice:
         """The responses of this rank's data-parallel replica: an equal, contiguous share."""

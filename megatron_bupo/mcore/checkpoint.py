@@ -1,19 +1,20 @@
-"""Everything a step depends on, in Megatron's torch_dist format: a directory that any layout can load.
+"""Everything a step depends on, in Megatron's torch_dist format: a directory that any layout can
+load.
 
 ::
 
-    run_dir/checkpoints/step_000020/     the state before step 20: weights, optimizer, counters, RNGs, config
-    run_dir/checkpoints/.step_000040.partial/      being written, or left by a kill; never read
+    run_dir/checkpoints/step_000020/     the state before step 20: weights, optimizer, counters,
+    RNGs, config run_dir/checkpoints/.step_000040.partial/      being written, or left by a kill;
+    never read
 
-A checkpoint gets its name by one rename, after all ranks have written and synced their files, so a directory
-with a step's name is always whole.
+A checkpoint gets its name by one rename, after all ranks have written and synced their files, so a
+directory with a step's name is always whole.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-import os
 import queue
 import random
 import re
@@ -35,7 +36,8 @@ from megatron_bupo.mcore.trainer import MegatronTrainer
 
 NAME = re.compile(r"step_(\d{6,})")
 RUN_FILE = "run.json"  # the loop's own plain values
-# The optimizer's state in a form that every other tensor, pipeline and data-parallel layout can read.
+# The optimizer's state in a form that every other tensor, pipeline and data-parallel layout can
+# read.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -51,13 +53,19 @@ def complete_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in named if match)
 
 
-def save(trainer: MegatronTrainer, run_dir: Path, step: int, run: Mapping[str, Any], *, keep: int) -> None:
-    """Write the state before `step`, with the loop's own plain values `run`; then drop all but `keep`. Collective."""
+def save(
+    trainer: MegatronTrainer, run_dir: Path, step: int, run: Mapping[str, Any], *, keep: int
+) -> None:
+    """Write the state before `step`, with the loop's own plain values `run`; then drop all but
+    `keep`. Collective.
+    """
     final = checkpoint_dir(run_dir, step)
     work = final.with_name(f".{final.name}.partial")
     if dist.get_rank() == 0:
         shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)  # of an abandoned future: this run came from before it
+        shutil.rmtree(
+            final, ignore_errors=True
+        )  # of an abandoned future: this run came from before it
         work.mkdir(parents=True)
     dist.barrier()
     with trainer.optimizer.with_one_step():
@@ -72,7 +80,7 @@ def save(trainer: MegatronTrainer, run_dir: Path, step: int, run: Mapping[str, A
     dist.barrier()
     if dist.get_rank() == 0:
         (work / RUN_FILE).write_text(json.dumps(dict(run), indent=2) + "\n")
-        os.replace(work, final)
+        work.replace(final)
         for _, old in complete_checkpoints(run_dir)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
@@ -85,7 +93,7 @@ def load(trainer: MegatronTrainer, path: Path) -> None:
         state = _sharded_state(trainer, is_loading=True)
     if same_ranks:
         state["rng"] = _rng_object(None)
-    loaded = dist_checkpointing.load(state, str(path))
+    loaded: Any = dist_checkpointing.load(state, str(path))
     for i, chunk in enumerate(trainer.gpt_chunks):
         chunk.load_state_dict(loaded[f"model{i}"], strict=False)  # extra states are optional
     trainer.optimizer.load(loaded["optimizer"], loaded["common"]["steps_by_unit"])
@@ -116,19 +124,23 @@ def _rng_state() -> dict[str, Any]:
     """Every random number generator of this rank."""
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": np.random.get_state(),  # noqa: NPY002
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
-        "megatron": get_cuda_rng_tracker().get_states(),
+        "megatron": _rng_tracker().get_states(),
     }
 
 
 def _set_rng_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.cuda.set_rng_state(state["device"])
     torch.set_rng_state(state["torch"])
-    get_cuda_rng_tracker().set_states(state["megatron"])
+    _rng_tracker().set_states(state["megatron"])
+
+
+def _rng_tracker() -> Any:
+    return get_cuda_rng_tracker()
 
 
 def _rng_object(state: Any) -> ShardedObject:
@@ -136,23 +148,24 @@ def _rng_object(state: Any) -> ShardedObject:
 
 
 def _release_options() -> dict[str, Any]:
-    """Megatron-Core 0.18 and later would write through nvidia-resiliency-ext unless told otherwise."""
+    """Megatron-Core 0.18 and later would write through nvidia-resiliency-ext unless told
+    otherwise.
+    """
     takes = inspect.signature(dist_checkpointing.save).parameters
     return {"async_strategy": "mcore"} if "async_strategy" in takes else {}
 
 
 def _write_here(
-    transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]
+    transforms: Any, _use_msc: bool, _rank: int, buckets: list[Any], results: queue.Queue[Any]
 ) -> None:
     """What `FileSystemWriterAsync.write_preloaded_data_multiproc` does, without its processes."""
+    writer: Any = filesystem_async.FileSystemWriterAsync
     written = {}
     for i, bucket in enumerate(buckets):
         outcome: queue.Queue[Any] = queue.Queue()
         running: queue.Queue[int] = queue.Queue()
         running.put(i)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, i, bucket, outcome, running, True
-        )
+        writer.write_preloaded_data(transforms, i, bucket, outcome, running, True)
         _, answer = outcome.get()
         if isinstance(answer, Exception):
             results.put(answer)
@@ -163,10 +176,12 @@ def _write_here(
 
 @contextmanager
 def _writing_in_this_process() -> Iterator[None]:
-    """Megatron-Core before 0.18 writes from forked processes and collects through a manager process.
+    """Megatron-Core before 0.18 writes from forked processes and collects through a manager
+    process.
 
-    The manager outlives a killed rank and holds its output pipes open for ever; forks of a process that has
-    gloo threads are a gamble. Saves here are synchronous, so both are replaced by plain calls.
+    The manager outlives a killed rank and holds its output pipes open for ever; forks of a process
+    that has gloo threads are a gamble. Saves here are synchronous, so both are replaced by plain
+    calls.
     """
     patched: Any = filesystem_async
     if not hasattr(patched, "_get_write_results_queue"):

@@ -1,10 +1,11 @@
 """Megatron-Core on a machine without CUDA: the few names it needs, and nothing where CUDA exists.
 
-Megatron-Core asks for CUDA in three ways: functions of `torch.cuda`, `device="cuda"` given to a factory
-function, and methods of Tensor (`.cuda()`, and `.type()` compared with 'torch.cuda.FloatTensor' in the
-optimizers). Each name is replaced by a thin function that answers for the CPU. Ordinary tensor operations
-are not touched: a TorchFunctionMode would do the same job but intercepts every call, which on small
-models costs more than the calls themselves (tools/bench_cpu_shim.py measures both).
+Megatron-Core asks for CUDA in three ways: functions of `torch.cuda`, `device="cuda"` given to a
+factory function, and methods of Tensor (`.cuda()`, and `.type()` compared with
+'torch.cuda.FloatTensor' in the optimizers). Each name is replaced by a thin function that answers
+for the CPU. Ordinary tensor operations are not touched: a TorchFunctionMode would do the same job
+but intercepts every call, which on small models costs more than the calls themselves
+(tools/bench_cpu_shim.py measures both).
 
 `install()` does nothing at all where `torch.cuda.is_available()`.
 """
@@ -19,13 +20,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 _FACTORIES = (
     "arange empty empty_like full full_like ones ones_like rand rand_like randint randn tensor "
     "zeros zeros_like"
 ).split()
-_installed = False
 
 
 def _is_cuda(device: object) -> bool:
@@ -35,7 +36,9 @@ def _is_cuda(device: object) -> bool:
 
 
 def _factory_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`factory` with `device="cuda"` read as the CPU; pinned memory needs a driver, so not pinned."""
+    """`factory` with `device="cuda"` read as the CPU; pinned memory needs a driver, so not
+    pinned.
+    """
 
     @functools.wraps(factory)
     def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -48,7 +51,9 @@ def _factory_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch
 
 
 class _Stream:
-    """A stream or event of a device that finishes each call before the next: nothing to wait for."""
+    """A stream or event of a device that finishes each call before the next: nothing to wait
+    for.
+    """
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -56,10 +61,15 @@ class _Stream:
         return self
 
     def wait_stream(self, *_: Any) -> None: ...
+
     wait_event = synchronize = record = wait = wait_stream
 
     def query(self) -> bool:
         return True
+
+
+def _current_device() -> torch.device:
+    return CPU
 
 
 def _patch_torch_cuda() -> None:
@@ -67,21 +77,18 @@ def _patch_torch_cuda() -> None:
 
     def nothing(*_: Any, **__: Any) -> None: ...
 
-    def current_device() -> torch.device:
-        return CPU
-
     def get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
         return torch.get_rng_state()
 
     def set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
         torch.set_rng_state(state)
 
-    cuda.current_device = current_device
+    cuda.current_device = _current_device
     cuda.synchronize = cuda.empty_cache = cuda.set_device = cuda.reset_peak_memory_stats = nothing
     cuda.Stream = cuda.Event = _Stream
     cuda.current_stream = cuda.default_stream = lambda *_, **__: _Stream()
     cuda.stream = lambda _: contextlib.nullcontext()
-    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.manual_seed = torch.default_generator.manual_seed
     cuda.get_rng_state, cuda.set_rng_state = get_rng_state, set_rng_state
 
     from megatron.core.tensor_parallel import random as megatron_random
@@ -91,9 +98,10 @@ def _patch_torch_cuda() -> None:
 
 
 def _patch_factories() -> None:
-    # `with torch.device("meta")` knows the factories by identity, from a list made on first use. It must list
-    # the originals: with ours in it transformers would silently build models with unset buffers.
-    torch.utils._device._device_constructors()
+    # `with torch.device("meta")` knows the factories by identity, from a list made on first use. It
+    # must list the originals: with ours in it transformers would silently build models with unset
+    # buffers.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _factory_on_cpu(getattr(torch, name)))
 
@@ -127,11 +135,11 @@ def _patch_tensor() -> None:
 
 
 def install() -> None:
-    """Make Megatron-Core run on gloo and the CPU in this process, for good. A no-op where CUDA exists."""
-    global _installed
-    if _installed or torch.cuda.is_available():
+    """Make Megatron-Core run on gloo and the CPU in this process, for good. A no-op where CUDA
+    exists.
+    """
+    if torch.cuda.is_available() or torch.cuda.current_device is _current_device:
         return
-    _installed = True
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's jit_fuser is torch.compile
     _patch_factories()
     _patch_tensor()

@@ -1,9 +1,10 @@
 """An internal layer policy is the same Megatron model, run to layer l.
 
-Layers above l become the identity, so h_l travels on through the ordinary pipeline schedule to the last
-stage, where the unembedding reads it. Schedules, tensor shapes and sends stay as they are; what is skipped
-costs nothing. Nothing is forked: each layer's class is exchanged for a subclass of itself that asks the
-shared `DepthRouter` whether to run, which works for any layer class and keeps parameter names.
+Layers above l become the identity, so h_l travels on through the ordinary pipeline schedule to the
+last stage, where the unembedding reads it. Schedules, tensor shapes and sends stay as they are;
+what is skipped costs nothing. Nothing is forked: each layer's class is exchanged for a subclass of
+itself that asks the shared `DepthRouter` whether to run, which works for any layer class and keeps
+parameter names.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def _routed_norm(base: type, router: DepthRouter) -> type:
 def _own_node(_module: nn.Module, _args: Any, output: Any) -> Any:
     """A stage that skips all its layers must still return a tensor of its own.
 
-    The 1F1B schedule frees outputs and starts backward from them, so an output may be neither the received
-    leaf itself nor a view of it.
+    The 1F1B schedule frees outputs and starts backward from them, so an output may be neither the
+    received leaf itself nor a view of it.
     """
     if isinstance(output, Tensor) and output.is_leaf and output.requires_grad:
         return output.clone()
@@ -87,7 +88,9 @@ def _own_node(_module: nn.Module, _args: Any, output: Any) -> Any:
 
 
 def attach(chunks: Sequence[nn.Module]) -> DepthRouter:
-    """Make the GPTModel `chunks` of this rank able to stop at any layer; returns their common switch."""
+    """Make the GPTModel `chunks` of this rank able to stop at any layer; returns their common
+    switch.
+    """
     router = DepthRouter()
     for chunk in chunks:
         decoder: Any = chunk.decoder
@@ -104,9 +107,9 @@ def attach(chunks: Sequence[nn.Module]) -> DepthRouter:
 def returning_hidden_states(chunk: Any) -> Iterator[None]:
     """Inside the block `chunk` returns hidden states `[tokens, batch, hidden]`, not logits.
 
-    GPTModel's unembedding would materialise `[tokens, vocab]`; `logprobs` unembeds in chunks instead. Only for
-    the forward call: the reduction of tied embeddings asks `post_process` too. The final norm lives in the
-    decoder and is not affected.
+    GPTModel's unembedding would materialise `[tokens, vocab]`; `logprobs` unembeds in chunks
+    instead. Only for the forward call: the reduction of tied embeddings asks `post_process` too.
+    The final norm lives in the decoder and is not affected.
     """
     before, chunk.post_process = chunk.post_process, False
     try:

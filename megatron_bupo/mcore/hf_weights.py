@@ -1,9 +1,10 @@
 """HF on disk, Megatron in memory: the names and shards of one in the other, as one table.
 
-Loading, weight sync and export are the same table read in either direction. A row says which HF tensors make
-up a Megatron parameter, along which HF dimension tensor parallelism cuts them, and how the cut pieces are
-laid out in the Megatron parameter. Layer rows are relative to `model.layers.{i}.` and `decoder.layers.{i}.`;
-where Transformer Engine fuses a norm into the following linear layer the parameter has a second name.
+Loading, weight sync and export are the same table read in either direction. A row says which HF
+tensors make up a Megatron parameter, along which HF dimension tensor parallelism cuts them, and how
+the cut pieces are laid out in the Megatron parameter. Layer rows are relative to
+`model.layers.{i}.` and `decoder.layers.{i}.`; where Transformer Engine fuses a norm into the
+following linear layer the parameter has a second name.
 """
 
 from __future__ import annotations
@@ -86,10 +87,16 @@ VOCABULARY = (EMBEDDING, UNEMBEDDING)
 def layer_rows(arch: Architecture) -> list[Row]:
     """The rows of one transformer layer of `arch`."""
     rows = [
-        _row("input_layernorm.weight", "input_layernorm.weight self_attention.linear_qkv.layer_norm_weight"),
+        _row(
+            "input_layernorm.weight",
+            "input_layernorm.weight self_attention.linear_qkv.layer_norm_weight",
+        ),
         _qkv("weight"),
         _row("self_attn.o_proj.weight", "self_attention.linear_proj.weight", 1),
-        _row("post_attention_layernorm.weight", "pre_mlp_layernorm.weight mlp.linear_fc1.layer_norm_weight"),
+        _row(
+            "post_attention_layernorm.weight",
+            "pre_mlp_layernorm.weight mlp.linear_fc1.layer_norm_weight",
+        ),
         _gate_up("weight"),
         _row("mlp.down_proj.weight", "mlp.linear_fc2.weight", 1),
     ]
@@ -113,7 +120,9 @@ class Held:
     parameter: nn.Parameter
 
 
-Unit = str  # "embedding", "layer 1" ..., "final_norm", "unembedding": what is synced or frozen as one
+Unit = (
+    str  # "embedding", "layer 1" ..., "final_norm", "unembedding": what is synced or frozen as one
+)
 
 
 def layer_unit(layer: int) -> Unit:
@@ -128,7 +137,9 @@ def units(arch: Architecture) -> list[Unit]:
 
 
 def held_units(chunks: Sequence[Any], arch: Architecture) -> dict[Unit, list[Held]]:
-    """What this rank holds of each unit. A tied unembedding on the last stage is the embedding's copy."""
+    """What this rank holds of each unit. A tied unembedding on the last stage is the embedding's
+    copy.
+    """
     found: dict[Unit, list[Held]] = {}
     for chunk in chunks:
         parameters = dict(chunk.named_parameters())
@@ -157,7 +168,9 @@ def _rank_part(size: int, tp: int, rank: int) -> slice:
 
 
 def _vocabulary_part(tensor: Any, arch: Architecture, tp: int, rank: int) -> Tensor:
-    """This rank's rows of a `[vocab, hidden]` tensor on disk, zeros where the vocabulary is padded."""
+    """This rank's rows of a `[vocab, hidden]` tensor on disk, zeros where the vocabulary is
+    padded.
+    """
     rows = padded_vocab_size(arch, tp) // tp
     start, stop = (min(r * rows, arch.vocab_size) for r in (rank, rank + 1))
     piece = tensor[start:stop]
@@ -176,7 +189,9 @@ def _read_piece(tensor: Any, row: Row, arch: Architecture, tp: int, rank: int) -
 
 
 def load(chunks: Sequence[Any], arch: Architecture, open_slice: Callable[[str], Any]) -> None:
-    """Fill the parameters of `chunks` from HF tensors; `open_slice(hf_name)` gives a lazy safetensors slice."""
+    """Fill the parameters of `chunks` from HF tensors; `open_slice(hf_name)` gives a lazy
+    safetensors slice.
+    """
     tp, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
     with torch.no_grad():
         for parts in held_units(chunks, arch).values():
@@ -189,12 +204,10 @@ def load(chunks: Sequence[Any], arch: Architecture, open_slice: Callable[[str], 
 def _mark_as_cut(held: Held) -> None:
     """Say that the parameter is a tensor-parallel shard.
 
-    Megatron does so only where it also initialises the weights, and a shard that is not marked is left out of
-    the gradient norm on all ranks but the first, silently.
+    Megatron does so only where it also initialises the weights, and a shard that is not marked is
+    left out of the gradient norm on all ranks but the first, silently.
     """
-    for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
-        held.parameter.__dict__.pop(name, None)
-    if held.row.cut is not None:
+    if held.row.cut is not None and not hasattr(held.parameter, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(held.parameter, True, held.row.cut, 1)
 
 
@@ -209,7 +222,8 @@ def _whole(shards: Sequence[Tensor], held_row: Row, arch: Architecture) -> Piece
 
 
 def gather_unit(parts: Sequence[Held], arch: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """`(hf_name, full tensor)` of one unit, on every tensor-parallel rank of the stage that holds it.
+    """`(hf_name, full tensor)` of one unit, on every tensor-parallel rank of the stage that holds
+    it.
 
     One all-gather per unit: its parameters travel in one flat buffer.
     """
@@ -227,8 +241,12 @@ def gather_unit(parts: Sequence[Held], arch: Architecture) -> Iterator[tuple[str
         yield from zip(held.hf, _whole(shaped, held.row, arch), strict=True)
 
 
-def hf_shapes(unit: Unit, arch: Architecture, shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the HF tensors of `unit`, given those of the whole model, in the table's order."""
+def hf_shapes(
+    unit: Unit, arch: Architecture, shapes: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the HF tensors of `unit`, given those of the whole model, in the
+    table's order.
+    """
     if unit.startswith("layer "):
         prefix = f"model.layers.{int(unit.split()[1]) - 1}."
         names = [prefix + n for row in layer_rows(arch) for n in row.hf]

@@ -1,14 +1,15 @@
-"""From hidden states straight to log-probs and entropies, over a vocabulary sharded by tensor parallelism.
+"""From hidden states straight to log-probs and entropies, over a vocabulary sharded by tensor
+parallelism.
 
-A row of logits costs as much as the model's widest activation, so logits exist for one chunk of rows at a
-time, in the forward pass and, recomputed, in the backward pass. With T the sampling temperature, E the
-unembedding and Z = sum_v exp(E_v h / T)::
+A row of logits costs as much as the model's widest activation, so logits exist for one chunk of
+rows at a time, in the forward pass and, recomputed, in the backward pass. With T the sampling
+temperature, E the unembedding and Z = sum_v exp(E_v h / T)::
 
     log p(y)     = E_y h / T - log Z            d log p(y) / d logits = onehot(y) - p
     H            = log Z - sum_v p_v E_v h / T  d H / d logits        = -p (log p + H)
 
-Each rank holds the rows of E for its part of the vocabulary. Forward needs two small all-reduces a chunk
-(maximum; sums); backward needs none, because log Z and H are kept.
+Each rank holds the rows of E for its part of the vocabulary. Forward needs two small all-reduces a
+chunk (maximum; sums); backward needs none, because log Z and H are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's columns of the logits: global ids `first .. first + valid`; the rest is padding."""
+    """This rank's columns of the logits: global ids `first .. first + valid`; the rest is
+    padding.
+    """
 
     first: int
     valid: int
@@ -65,7 +68,7 @@ def _chunk_statistics(
 
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - autograd passes by position
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -126,9 +129,10 @@ def chunked_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of `targets` and entropies, both fp32 nats `[rows]`.
 
-    `hidden [rows, hidden]`, `weight [vocab shard, hidden]`, `targets [rows]` (global ids). The gradient of
-    `hidden` is this rank's share: the caller sums it over the tensor-parallel group, as the backward of
-    `copy_to_tensor_model_parallel_region` does. Entropies are zero without `with_entropy`.
+    `hidden [rows, hidden]`, `weight [vocab shard, hidden]`, `targets [rows]` (global ids). The
+    gradient of `hidden` is this rank's share: the caller sums it over the tensor-parallel group, as
+    the backward of `copy_to_tensor_model_parallel_region` does. Entropies are zero without
+    `with_entropy`.
     """
     if hidden.shape[0] == 0:  # keeps the graph, for pipeline stages that expect a gradient
         nothing = (hidden.sum() + weight.sum() * 0).expand(0).float()

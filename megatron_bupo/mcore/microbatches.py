@@ -14,13 +14,16 @@ from megatron_bupo.types import TokenBatch
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One forward pass. A response token t is predicted at position t - 1: that is its row of hidden states."""
+    """One forward pass. A response token t is predicted at position t - 1: that is its row of
+    hidden states.
+    """
 
     input_ids: Tensor  # [responses, tokens]
     position_ids: Tensor  # [responses, tokens]
-    rows: Tensor  # [response tokens] flat indices into [tokens, responses]: where they are predicted
-    at: Tensor  # [response tokens] flat indices into the batch's [responses, tokens]: where they stand
-    targets: Tensor  # [response tokens] their ids
+    # all [response tokens]:
+    rows: Tensor  # flat indices into [tokens, responses]: where they are predicted
+    at: Tensor  # flat indices into the batch's [responses, tokens]: where they stand
+    targets: Tensor  # their ids
 
 
 def _rounded_up(n: int, multiple: int) -> int:
@@ -28,17 +31,26 @@ def _rounded_up(n: int, multiple: int) -> int:
 
 
 def padded_length(batch: TokenBatch, *, multiple: int) -> int:
-    """Tokens per response: the longest one's, rounded up to `multiple` (sequence parallelism cuts evenly)."""
+    """Tokens per response: the longest one's, rounded up to `multiple` (sequence parallelism
+    cuts evenly).
+    """
     return _rounded_up(batch.input_ids.shape[1], multiple)
 
 
 def cut(
-    batch: TokenBatch, rows: slice, *, size: int, length: int, count_multiple: int, device: torch.device
+    batch: TokenBatch,
+    rows: slice,
+    *,
+    size: int,
+    length: int,
+    count_multiple: int,
+    device: torch.device,
 ) -> Iterator[Microbatch]:
     """Micro-batches of `size` responses by `length` tokens that cover `rows` of `batch`.
 
-    The last one is filled up with empty responses, and empty ones follow until their number is a multiple of
-    `count_multiple` (what an interleaved pipeline needs): they cost time and change no number.
+    The last one is filled up with empty responses, and empty ones follow until their number is a
+    multiple of `count_multiple` (what an interleaved pipeline needs): they cost time and change no
+    number.
     """
     first, stop, width = rows.start, rows.stop, batch.input_ids.shape[1]
     count = _rounded_up(max(1, -(-(stop - first) // size)), count_multiple)

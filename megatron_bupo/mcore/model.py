@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_bupo.config.schema import Config
 from megatron_bupo.hf.architecture import Architecture
-from megatron_bupo.mcore import cpu
+from megatron_bupo.mcore import cpu, parallel
 from megatron_bupo.mcore.logprobs import VocabShard
 from megatron_bupo.mcore.native import build_native
 from megatron_bupo.mcore.spec import block_spec
@@ -31,44 +31,45 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
     parallel, dtype = config.parallel, DTYPES[config.model.dtype]
     fused = torch.cuda.is_available()
     interleaved = parallel.vpp > 1
-    ours: dict[str, Any] = dict(
-        num_layers=arch.layers,
-        hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.ffn_size,
-        num_attention_heads=arch.heads,
-        num_query_groups=arch.kv_heads,
-        kv_channels=arch.head_dim,
-        qk_layernorm=arch.qk_norm,
-        add_qkv_bias=arch.qkv_bias,
-        add_bias_linear=arch.mlp_bias,
-        normalization="RMSNorm",
-        layernorm_epsilon=arch.norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        attention_softmax_in_fp32=True,
-        perform_initialization=False,  # every weight comes from the checkpoint
-        use_cpu_initialization=not fused,
-        bias_activation_fusion=fused,
-        bias_dropout_fusion=fused,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        tensor_model_parallel_size=parallel.tp,
-        pipeline_model_parallel_size=parallel.pp,
-        virtual_pipeline_model_parallel_size=parallel.vpp if interleaved else None,
-        sequence_parallel=parallel.sp,
-        # Batched sends between two stages confuse "previous" with "next", silently: at PP=2 they are one peer.
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
+    ours: dict[str, Any] = {
+        "num_layers": arch.layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_size,
+        "num_attention_heads": arch.heads,
+        "num_query_groups": arch.kv_heads,
+        "kv_channels": arch.head_dim,
+        "qk_layernorm": arch.qk_norm,
+        "add_qkv_bias": arch.qkv_bias,
+        "add_bias_linear": arch.mlp_bias,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "attention_softmax_in_fp32": True,
+        "perform_initialization": False,  # every weight comes from the checkpoint
+        "use_cpu_initialization": not fused,
+        "bias_activation_fusion": fused,
+        "bias_dropout_fusion": fused,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vpp if interleaved else None,
+        "sequence_parallel": parallel.sp,
+        # Batched sends between two stages confuse "previous" with "next", silently: at PP=2 they
+        # are one peer.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
         # The loss arrives divided by the global token count: gradients are summed, never averaged.
-        calculate_per_token_loss=True,
-    )
+        "calculate_per_token_loss": True,
+    }
     return build_native(TransformerConfig, ours, config.megatron)
 
 
@@ -83,14 +84,14 @@ def vocab_shard(arch: Architecture) -> VocabShard:
     rows = padded_vocab_size(arch, tp) // tp
     first = rank * rows
     valid = max(0, min(rows, arch.vocab_size - first))
-    return VocabShard(first, valid, mpu.get_tensor_model_parallel_group() if tp > 1 else None)
+    return VocabShard(first, valid, parallel.tensor_group() if tp > 1 else None)
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:
     """RoPE's inverse frequencies `[head_dim / 2]` in fp32, with the checkpoint's own scaling.
 
-    Megatron-Core's Llama-3 scaling has constants built in; these come from config.json ("llama3": Llama 3.1
-    model card; "linear": position interpolation).
+    Megatron-Core's Llama-3 scaling has constants built in; these come from config.json ("llama3":
+    Llama 3.1 model card; "linear": position interpolation).
     """
     exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
     plain = 1.0 / arch.rope_theta**exponents
@@ -107,9 +108,7 @@ def inverse_frequencies(arch: Architecture) -> Tensor:
     return keep * plain + (1 - keep) * plain / factor
 
 
-def build_chunks(
-    arch: Architecture, config: Config, native: TransformerConfig
-) -> list[GPTModel]:
+def build_chunks(arch: Architecture, config: Config, native: TransformerConfig) -> list[GPTModel]:
     """The model chunks of this rank, one per virtual stage, with weights not yet set."""
     parallel, pp_rank = config.parallel, mpu.get_pipeline_model_parallel_rank()
     chunks = []
@@ -139,15 +138,18 @@ def unembedding(chunk: GPTModel) -> Tensor:
     """E, this rank's rows `[vocab shard, hidden]`, on the last stage."""
     if chunk.share_embeddings_and_output_weights:
         return chunk.shared_embedding_or_output_weight()
-    return chunk.output_layer.weight
+    weight = chunk.output_layer.weight
+    assert weight is not None, "only a tied unembedding on the first stage has no weight of its own"
+    return weight
 
 
 def rows_for_unembedding(hidden: Tensor, rows: Tensor, *, sequence_parallel: bool) -> Tensor:
     """The hidden states at `rows` (flat indices into `[tokens, batch]`), `[rows, hidden]`.
 
-    `hidden` is the decoder's output `[tokens, batch, hidden]` (under sequence parallelism this rank's tokens).
-    The backward pass sums the tensor-parallel ranks' shares of the gradient: Megatron's reduction silently
-    leaves out a gradient that is not contiguous, so rows are picked in the order the memory has.
+    `hidden` is the decoder's output `[tokens, batch, hidden]` (under sequence parallelism this
+    rank's tokens). The backward pass sums the tensor-parallel ranks' shares of the gradient:
+    Megatron's reduction silently leaves out a gradient that is not contiguous, so rows are picked
+    in the order the memory has.
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)

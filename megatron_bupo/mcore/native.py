@@ -1,8 +1,10 @@
-"""`megatron.*` keys go, under Megatron-Core's own names, to the dataclasses that have a field of that name.
+"""`megatron.*` keys go, under Megatron-Core's own names, to the dataclasses that have a field of
+that name.
 
-So a feature of the installed Megatron-Core needs no wrapper here: `megatron.recompute_granularity=full`
-reaches TransformerConfig, `megatron.overlap_grad_reduce=true` reaches DDP. Keys that describe the model,
-the layout or the learning rate belong to this project's own config and are refused by `config.checks`.
+So a feature of the installed Megatron-Core needs no wrapper here:
+`megatron.recompute_granularity=full` reaches TransformerConfig, `megatron.overlap_grad_reduce=true`
+reaches DDP. Keys that describe the model, the layout or the learning rate belong to this project's
+own config and are refused by `config.checks`.
 """
 
 from __future__ import annotations
@@ -43,6 +45,6 @@ def check_native(passed: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(key, known, n=1)
             raise InputError(
                 f"megatron.{key}={value}",
-                "no field of this name in Megatron-Core's TransformerConfig, DDP or optimizer config",
+                "no such field in Megatron-Core's TransformerConfig, DDP or optimizer config",
                 f"did you mean megatron.{near[0]}?" if near else "remove it",
             )

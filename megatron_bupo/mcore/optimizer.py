@@ -1,15 +1,19 @@
 """Megatron's optimizer, made to leave alone what the step's policy does not train.
 
-Layers above an internal policy's target have gradients of zero, not none, in Megatron's gradient buffers, and
-an Adam step with a zero gradient still moves a parameter (momentum, weight decay) and decays its moments. A
-hook before the inner step takes those gradients away altogether, so parameters and moments above the target
-stay as they are, bit for bit, under every Megatron optimizer.
+Layers above an internal policy's target have gradients of zero, not none, in Megatron's gradient
+buffers, and an Adam step with a zero gradient still moves a parameter (momentum, weight decay) and
+decays its moments. A hook before the inner step takes those gradients away altogether, so
+parameters and moments above the target stay as they are, bit for bit, under every Megatron
+optimizer.
 
-At a phase switch layers begin to train whose Adam state lags behind; `optimizer_at_switch` says what happens:
+At a phase switch layers begin to train whose Adam state lags behind; `optimizer_at_switch` says
+what happens:
 
-    per_layer_step  each layer's bias correction counts that layer's own updates (what the authors' FSDP1
+    per_layer_step  each layer's bias correction counts that layer's own updates (what the authors'
+    FSDP1
                     code does: parameters without a gradient are skipped, step counter included)
-    common_step     one counter for all: the layers that begin take it over with moments of zero, so their
+    common_step     one counter for all: the layers that begin take it over with moments of zero, so
+    their
                     first updates are too large by up to (1 - beta1) / sqrt(1 - beta2)
     reset           all moments and counters start anew, also those of the layers that did train
 """
@@ -33,7 +37,9 @@ from megatron_bupo.mcore.native import build_native
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of `step` (from 0) of `steps`: linear warm-up, then constant, linear or cosine decay."""
+    """The learning rate of `step` (from 0) of `steps`: linear warm-up, then constant, linear or
+    cosine decay.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.decay == "constant":
@@ -45,29 +51,36 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
 
 def native_optimizer_config(config: Config, dtype: torch.dtype) -> Any:
     """Megatron-Core's optimizer config."""
-    ours = dict(
-        optimizer="adam",
-        lr=config.optimizer.lr,
-        min_lr=config.optimizer.min_lr,
-        weight_decay=config.optimizer.weight_decay,
-        adam_beta1=config.optimizer.betas[0],
-        adam_beta2=config.optimizer.betas[1],
-        adam_eps=config.optimizer.eps,
-        clip_grad=config.optimizer.clip_grad,
-        bf16=dtype is torch.bfloat16,
-        params_dtype=dtype,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
-    )
+    ours = {
+        "optimizer": "adam",
+        "lr": config.optimizer.lr,
+        "min_lr": config.optimizer.min_lr,
+        "weight_decay": config.optimizer.weight_decay,
+        "adam_beta1": config.optimizer.betas[0],
+        "adam_beta2": config.optimizer.betas[1],
+        "adam_eps": config.optimizer.eps,
+        "clip_grad": config.optimizer.clip_grad,
+        "bf16": dtype is torch.bfloat16,
+        "params_dtype": dtype,
+        "use_distributed_optimizer": config.parallel.distributed_optimizer,
+    }
     return build_native(NativeOptimizerConfig, ours, config.megatron)
 
 
 class PhasedOptimizer:
-    """Megatron's optimizer over DDP-wrapped chunks; each step trains some units and leaves the others be."""
+    """Megatron's optimizer over DDP-wrapped chunks; each step trains some units and leaves the
+    others be.
+    """
 
     def __init__(
-        self, ddp_chunks: Sequence[nn.Module], unit_of: Mapping[nn.Parameter, Unit], config: Config, dtype: torch.dtype
+        self,
+        ddp_chunks: Sequence[nn.Module],
+        unit_of: Mapping[nn.Parameter, Unit],
+        config: Config,
+        dtype: torch.dtype,
     ) -> None:
-        self.megatron = get_megatron_optimizer(native_optimizer_config(config, dtype), list(ddp_chunks))  # type: ignore[arg-type]
+        chunks: Any = list(ddp_chunks)
+        self.megatron = get_megatron_optimizer(native_optimizer_config(config, dtype), chunks)
         self.config, self.at_switch = config.optimizer, config.bupo.optimizer_at_switch
         self._trained: frozenset[Unit] | None = None
         self._frozen_now: list[Tensor] = []
@@ -81,6 +94,9 @@ class PhasedOptimizer:
             inner.register_step_post_hook(self._follow_common_step)
         self._require_per_parameter_steps()
         self.clear_state()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for inner in self._units for group in inner.param_groups]
 
     def _parts(self) -> list[Any]:
         """Megatron's optimizers, one per kind of parameter."""
@@ -119,8 +135,10 @@ class PhasedOptimizer:
             self.clear_state()
 
     def step(self, trained: frozenset[Unit], lr: float) -> float:
-        """Update the `trained` units at learning rate `lr`; returns the global gradient norm before clipping."""
-        for group in self.megatron.param_groups:
+        """Update the `trained` units at learning rate `lr`; returns the global gradient norm
+        before clipping.
+        """
+        for group in self._groups():
             group["lr"] = lr
         self._trained = trained
         try:
@@ -130,7 +148,9 @@ class PhasedOptimizer:
         return float(grad_norm or 0.0)
 
     def zero_grad(self) -> None:
-        """Drop the inner optimizer's gradients; without it FP32Optimizer corrupts the next ones silently."""
+        """Drop the inner optimizer's gradients; without it FP32Optimizer corrupts the next ones
+        silently.
+        """
         self.megatron.zero_grad()
 
     def _take_gradients_away(self, inner: torch.optim.Optimizer, *_: Any) -> None:
@@ -159,7 +179,9 @@ class PhasedOptimizer:
         }
 
     def set_steps(self, steps: Mapping[Unit, float]) -> None:
-        """Set every parameter's own step counter (a tensor each: torch's AdamW counts them up in place)."""
+        """Set every parameter's own step counter (a tensor each: torch's AdamW counts them up in
+        place).
+        """
         for inner, parameters in self._units.items():
             if isinstance(inner, torch.optim.AdamW):
                 for p, unit in parameters.items():
@@ -171,24 +193,28 @@ class PhasedOptimizer:
             _expect_no_step(part)
         with torch.no_grad():
             self.megatron.load_state_dict(state)
-        # Upstream shares one counter tensor between all states: each update would advance it many times.
+        # Upstream shares one counter tensor between all states: each update would advance it many
+        # times.
         self.set_steps(steps)
 
     @contextmanager
     def with_one_step(self) -> Iterator[None]:
         """Inside the block all counters are equal, as Megatron's checkpoint format demands."""
         own = self.steps_by_unit()
-        self.set_steps({unit: 1.0 for unit in own})
+        self.set_steps(dict.fromkeys(own, 1.0))
         try:
             yield
         finally:
             self.set_steps(own)
 
 
-def _inner_parameters(part: Any, unit_of: Mapping[nn.Parameter, Unit]) -> Iterator[tuple[Tensor, Unit]]:
+def _inner_parameters(
+    part: Any, unit_of: Mapping[nn.Parameter, Unit]
+) -> Iterator[tuple[Tensor, Unit]]:
     """The tensors that the inner optimizer of `part` steps, with the unit each belongs to.
 
-    DistributedOptimizer steps shards of them, Float16Optimizer fp32 copies, FP32Optimizer the parameters.
+    DistributedOptimizer steps shards of them, Float16Optimizer fp32 copies, FP32Optimizer the
+    parameters.
     """
     groups = part.optimizer.param_groups
     stepped = {id(p) for group in groups for p in group["params"]}
@@ -206,7 +232,9 @@ def _inner_parameters(part: Any, unit_of: Mapping[nn.Parameter, Unit]) -> Iterat
 
 
 def _expect_no_step(part: Any) -> None:
-    """Let DistributedOptimizer load states without a `step`: its checkpoints of torch's AdamW have none."""
+    """Let DistributedOptimizer load states without a `step`: its checkpoints of torch's AdamW
+    have none.
+    """
     name = "_set_main_param_and_optimizer_states"
     if not hasattr(part, name) or name in vars(part):
         return

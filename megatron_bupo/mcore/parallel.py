@@ -1,9 +1,12 @@
-"""This rank's place: process group, Megatron's parallel groups, and the little the rest asks of them."""
+"""This rank's place: process group, Megatron's parallel groups, and the little the rest asks of
+them.
+"""
 
 from __future__ import annotations
 
-import datetime
 import os
+from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -13,7 +16,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_bupo.config.layout import Layout
 from megatron_bupo.mcore import cpu
 
-TIMEOUT = datetime.timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=30)
 
 
 def initialize(layout: Layout, *, seed: int) -> None:
@@ -45,16 +48,23 @@ def shutdown() -> None:
     dist.destroy_process_group()
 
 
-def is_last_stage() -> bool:
-    """Is this rank on the pipeline stage that unembeds?"""
-    return mpu.is_pipeline_last_stage(ignore_virtual=True)
+def pipeline_group() -> dist.ProcessGroup:
+    """This rank's peers on the other pipeline stages, itself included."""
+    return cast("dist.ProcessGroup", mpu.get_pipeline_model_parallel_group())
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """This rank's peers that hold the other shards of its layers, itself included."""
+    return cast("dist.ProcessGroup", mpu.get_tensor_model_parallel_group())
 
 
 def from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` as the last pipeline stage has it, on every stage; same shape and dtype everywhere."""
+    """`tensor` as the last pipeline stage has it, on every stage; same shape and dtype
+    everywhere.
+    """
     if mpu.get_pipeline_model_parallel_world_size() > 1:
         source = mpu.get_pipeline_model_parallel_last_rank()
-        dist.broadcast(tensor, source, group=mpu.get_pipeline_model_parallel_group())
+        dist.broadcast(tensor, source, group=pipeline_group())
     return tensor
 
 

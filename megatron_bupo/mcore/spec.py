@@ -1,7 +1,7 @@
 """Which modules a layer is made of: Transformer Engine's where it imports, plain torch's otherwise.
 
-The plain modules close two gaps of Megatron-Core's local spec: its RMSNorm refuses sequence parallelism, and
-its attention materialises `[tokens, tokens]` scores.
+The plain modules close two gaps of Megatron-Core's local spec: its RMSNorm refuses sequence
+parallelism, and its attention materialises `[tokens, tokens]` scores.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def _plain_layer(*, qk_norm: bool) -> ModuleSpec:
 def block_spec(
     config: TransformerConfig, *, qk_norm: bool, vp_stage: int | None, pp_rank: int
 ) -> TransformerBlockSubmodules:
-    """The layers that this pipeline stage (and virtual stage) builds, and the norm after the last one."""
+    """The layers that this pipeline stage (and virtual stage) builds, and the norm after the
+    last one.
+    """
     if te.HAVE_TE and torch.cuda.is_available():
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
         norm: Any = te.TENorm

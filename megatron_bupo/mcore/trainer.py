@@ -10,7 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from torch import Tensor, nn
 
 from megatron_bupo.algorithm.advantages import token_weights
@@ -28,18 +32,24 @@ from megatron_bupo.mcore.weight_stream import trained_units
 from megatron_bupo.types import TokenBatch, UpdateReport
 
 
-def _finalize(chunks: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-    """Sum gradients over ranks; no division by token counts, for the loss already holds the global one."""
+def _finalize(chunks: list[Any], _num_tokens: Any = None, **kwargs: Any) -> None:
+    """Sum gradients over ranks; no division by token counts, for the loss already holds the
+    global one.
+    """
     finalize_model_grads(chunks, None, **kwargs)
 
 
 class MegatronTrainer(MegatronActor):
     """An actor under Megatron's DDP with Megatron's optimizer."""
 
-    def __init__(self, arch: Architecture, config: Config, open_slice: Callable[[str], Any]) -> None:
+    def __init__(
+        self, arch: Architecture, config: Config, open_slice: Callable[[str], Any]
+    ) -> None:
         super().__init__(arch, config, open_slice)
         self.native.finalize_model_grads_func = _finalize
-        self.wrapped = [DistributedDataParallel(self.native, self._ddp_config(), m) for m in self.wrapped]
+        self.wrapped = [
+            DistributedDataParallel(self.native, self._ddp_config(), m) for m in self.wrapped
+        ]
         unit_of: dict[nn.Parameter, Unit] = {
             held.parameter: "embedding" if unit == "tied unembedding" else unit
             for unit, parts in self.weights.held.items()
@@ -49,10 +59,10 @@ class MegatronTrainer(MegatronActor):
         self.native.grad_scale_func = self.optimizer.megatron.scale_loss
 
     def _ddp_config(self) -> Any:
-        ours = dict(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=self.config.parallel.distributed_optimizer,
-        )
+        ours = {
+            "grad_reduce_in_fp32": True,
+            "use_distributed_optimizer": self.config.parallel.distributed_optimizer,
+        }
         return build_native(DistributedDataParallelConfig, ours, self.config.megatron)
 
     def learning_rate(self, step: int) -> float:
@@ -64,14 +74,20 @@ class MegatronTrainer(MegatronActor):
         self.optimizer.begin_phase()
 
     def update(self, minibatch: TokenBatch, policy: Policy, *, lr: float) -> UpdateReport:
-        """One optimizer update on `minibatch` (with its old log-probs), of the units that `policy` trains."""
-        assert minibatch.old_logprobs is not None, "old log-probs come from the same policy, before the update"
+        """One optimizer update on `minibatch` (with its old log-probs), of the units that
+        `policy` trains.
+        """
+        assert minibatch.old_logprobs is not None, (
+            "old log-probs come from the same policy, before the update"
+        )
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         weights = token_weights(minibatch.response_mask, self.config.algorithm.loss_aggregation)
         columns = (minibatch.old_logprobs, minibatch.advantages, weights)
-        sums = self._run(minibatch, policy, learn=partial(self._loss, [c.flatten() for c in columns]))
+        sums = self._run(
+            minibatch, policy, learn=partial(self._loss, [c.flatten() for c in columns])
+        )
         trained = frozenset(trained_units(policy, self.arch))
         grad_norm = self.optimizer.step(trained, lr)
         return self._report(sums, grad_norm)

@@ -1,8 +1,8 @@
 """The model as a stream of `(hf_name, full tensor)`: all that trainer and rollout engines share.
 
-Unit by unit (embedding, each layer, ...) the stage that holds a unit gathers it over its tensor-parallel
-ranks and broadcasts it along the pipeline, in one flat buffer. No rank ever holds more than one unit beside
-its own shards. Only units that the step's policy trains travel.
+Unit by unit (embedding, each layer, ...) the stage that holds a unit gathers it over its
+tensor-parallel ranks and broadcasts it along the pipeline, in one flat buffer. No rank ever holds
+more than one unit beside its own shards. Only units that the step's policy trains travel.
 """
 
 from __future__ import annotations
@@ -13,15 +13,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megatron_bupo.algorithm.bupo import InternalLayerPolicy, Policy
 from megatron_bupo.hf.architecture import Architecture
 from megatron_bupo.hf.tensors import expected_tensors
-from megatron_bupo.mcore import cpu
+from megatron_bupo.mcore import cpu, parallel
 from megatron_bupo.mcore.depth import skips_final_norm
-from megatron_bupo.mcore.hf_weights import Unit, gather_unit, held_units, hf_shapes, layer_unit, units
+from megatron_bupo.mcore.hf_weights import (
+    Unit,
+    gather_unit,
+    held_units,
+    hf_shapes,
+    layer_unit,
+    units,
+)
 
 
 def trained_units(policy: Policy, arch: Architecture) -> list[Unit]:
@@ -45,7 +51,7 @@ class WeightStream:
 
     def _owners(self) -> dict[Unit, int]:
         """The pipeline stage (global rank of this rank's peer there) that holds each unit."""
-        group = mpu.get_pipeline_model_parallel_group()
+        group = parallel.pipeline_group()
         held: list[list[Unit]] = [[] for _ in range(group.size())]
         dist.all_gather_object(held, list(self.held), group=group)
         return {
@@ -60,7 +66,7 @@ class WeightStream:
             yield from self._unit(unit)
 
     def _unit(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
-        group, owner = mpu.get_pipeline_model_parallel_group(), self.owner[unit]
+        group, owner = parallel.pipeline_group(), self.owner[unit]
         mine = dict(gather_unit(self.held[unit], self.arch)) if unit in self.held else None
         if group.size() == 1:
             assert mine is not None

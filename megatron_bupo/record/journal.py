@@ -1,4 +1,5 @@
-"""A run's journal: what each step did, how long each part took, told to the disk and to the person watching.
+"""A run's journal: what each step did, how long each part took, told to the disk and to the person
+watching.
 
 Every rank keeps one, only the first rank's speaks.
 """
@@ -27,7 +28,9 @@ ACTIVITIES = {  # name in time/..._s: what the display says
 
 
 class Journal:
-    """A context manager for the run; `with journal.step(...)` for a step, `doing(...)` for a part of it."""
+    """A context manager for the run; `with journal.step(...)` for a step, `doing(...)` for a
+    part of it.
+    """
 
     def __init__(self, run_dir: Path, config: Config, *, first_step: int, speaks: bool) -> None:
         self._log = None
@@ -37,7 +40,11 @@ class Journal:
             self._log = MetricsLog(run_dir, first_step=first_step, tensorboard=tensorboard)
             history = read_metrics(run_dir)
         self.display = Display(
-            config.steps, title=str(run_dir), history=history, on=speaks, live=config.logging.progress
+            config.steps,
+            title=str(run_dir),
+            history=history,
+            on=speaks,
+            live=config.logging.progress,
         )
         self._metrics: dict[str, float] = {}
 
@@ -52,7 +59,9 @@ class Journal:
 
     @contextmanager
     def step(self, step: int, policy: Policy) -> Iterator[None]:
-        """One step of the loop, which trains `policy`; its line is on disk when the block has ended."""
+        """One step of the loop, which trains `policy`; its line is on disk when the block has
+        ended.
+        """
         self.display.step_begins(policy)
         start = time.perf_counter()
         yield
@@ -63,7 +72,9 @@ class Journal:
 
     @contextmanager
     def doing(self, activity: str) -> Iterator[None]:
-        """Part of a step, timed under `time/ACTIVITY_s`. A checkpoint counts for the step that follows it."""
+        """Part of a step, timed under `time/ACTIVITY_s`. A checkpoint counts for the step that
+        follows it.
+        """
         start = time.perf_counter()
         with self.display.doing(ACTIVITIES[activity]):
             yield

@@ -21,8 +21,8 @@ def rollout_measures(
 ) -> dict[str, float]:
     """Rewards, lengths and the full policy's entropy, which sampled every response in every phase.
 
-    `entropy/full_nats` is the mean over response tokens of the entropy of the distribution that each was drawn
-    from (at the sampling temperature).
+    `entropy/full_nats` is the mean over response tokens of the entropy of the distribution that
+    each was drawn from (at the sampling temperature).
     """
     rewards = [[grade.reward for grade in group] for group in grades]
     entropies = [h for rollout in _rollouts(groups) for h in rollout.entropies]
@@ -42,12 +42,16 @@ def warnings_of(grades: Sequence[Sequence[Grade]]) -> list[str]:
 
 
 def internal_measures(entropies: Tensor, batch: TokenBatch) -> dict[str, float]:
-    """The entropy of the internal layer policy at the response tokens; `entropies [responses, tokens]` nats."""
+    """The entropy of the internal layer policy at the response tokens; `entropies [responses,
+    tokens]` nats.
+    """
     return {"entropy/internal_nats": float(entropies[batch.response_mask].double().mean())}
 
 
 def mismatch_measures(logprobs: Tensor, batch: TokenBatch) -> dict[str, float]:
-    """How far trainer and rollout engine disagree about the full policy, nats. Should be float noise."""
+    """How far trainer and rollout engine disagree about the full policy, nats. Should be float
+    noise.
+    """
     gap = (logprobs - batch.rollout_logprobs)[batch.response_mask].abs().double()
     return {
         "rollout/logprob_gap_mean_nats": float(gap.mean()),

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 class RolloutEngine(Protocol):
-    """Prompts in, responses of the full policy out. Every rank calls every method with equal arguments."""
+    """Prompts in, responses of the full policy out. Every rank calls every method with equal
+    arguments.
+    """
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
         """A group per prompt, in order, the same on every rank."""
