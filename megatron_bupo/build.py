@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
+from megatron_bupo import checkpoints
 from megatron_bupo.algorithm.bupo import PhaseSchedule
 from megatron_bupo.config import Config, expand, flatten, to_yaml
 from megatron_bupo.data.order import PromptStream
@@ -174,14 +175,17 @@ def _resume(
     trainer: MegatronTrainer, engine: RolloutEngine, config: Config, run_dir: Path
 ) -> tuple[int, list[str]]:
     """The step to go on with, and what there is to say about it."""
-    complete = checkpoint.complete_checkpoints(run_dir)
-    if not complete:
+    newest = checkpoints.newest_checkpoint(run_dir)
+    if newest is None:
         return 0, []
-    step, path = complete[-1]
-    before = checkpoint.read_run(path)["config"]
+    step, path = newest
+    before = checkpoints.read_run(path)["config"]
     checkpoint.load(trainer, path)
     engine.load_weights(trainer.all_weights(), version=step)
-    notes = [f"resuming at step {step} from {path}"]
+    notes = [
+        f"passing over {damaged}: not whole" for damaged in checkpoints.damaged_checkpoints(run_dir)
+    ]
+    notes.append(f"resuming at step {step} from {path}")
     for key, value in flatten(config).items():
         if key in before and before[key] != _plain(value):
             notes.append(f"changed since: {key} was {before[key]}, is {value}")

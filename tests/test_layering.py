@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "types": set(),
     "errors": set(),
     "collective": set(),
+    "checkpoints": {"errors"},
     "config": {"errors"},
     "hf": {"types", "errors"},
     "algorithm": {"types"},
@@ -27,7 +28,7 @@ MAY_IMPORT = {
     "rewards": {"types", "config", "errors", "collective"},
     "rollout": {"types", "config", "errors", "collective", "hf"},
     "evaluation": {"types", "config", "rewards", "rollout"},
-    "mcore": {"types", "config", "errors", "algorithm", "hf"},
+    "mcore": {"types", "config", "errors", "checkpoints", "algorithm", "hf"},
     "record": {"types", "config", "errors", "algorithm"},
     "bed": {"types", "config", "errors", "data", "hf"},
 }
@@ -58,7 +59,7 @@ ONLY_OTHERS = {
 }
 
 # These answer (a config error, --help, a dry run) before anything heavy is imported.
-WITHOUT_TORCH = {"types", "errors", "config", "hf", "cli"}
+WITHOUT_TORCH = {"types", "errors", "checkpoints", "config", "hf", "cli"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

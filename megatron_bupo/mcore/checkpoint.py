@@ -1,24 +1,14 @@
-"""Everything a step depends on, in Megatron's torch_dist format: a directory that any layout can
-load.
+"""Everything a step depends on, in Megatron's torch_dist format, which any layout can load.
 
-::
-
-    run_dir/checkpoints/step_000020/     the state before step 20: weights, optimizer, counters,
-    RNGs, config run_dir/checkpoints/.step_000040.partial/      being written, or left by a kill;
-    never read
-
-A checkpoint gets its name by one rename, after all ranks have written and synced their files, so a
-directory with a step's name is always whole.
+Weights, optimizer moments and each unit's own step counter, and every random number generator; the
+loop adds its own plain values. `megatron_bupo.checkpoints` says when a directory of these is whole.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import queue
 import random
-import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,25 +22,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_bupo import checkpoints
 from megatron_bupo.mcore.trainer import MegatronTrainer
 
-NAME = re.compile(r"step_(\d{6,})")
-RUN_FILE = "run.json"  # the loop's own plain values
 # The optimizer's state in a form that every other tensor, pipeline and data-parallel layout can
 # read.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-
-
-def checkpoint_dir(run_dir: Path, step: int) -> Path:
-    """Where the state before `step` is kept."""
-    return run_dir / "checkpoints" / f"step_{step:06d}"
-
-
-def complete_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """`(step, directory)` of every whole checkpoint, oldest first."""
-    found = (run_dir / "checkpoints").glob("step_*")
-    named = ((NAME.fullmatch(path.name), path) for path in found)
-    return sorted((int(match[1]), path) for match, path in named if match)
 
 
 def save(
@@ -59,14 +36,8 @@ def save(
     """Write the state before `step`, with the loop's own plain values `run`; then drop all but
     `keep`. Collective.
     """
-    final = checkpoint_dir(run_dir, step)
-    work = final.with_name(f".{final.name}.partial")
     if dist.get_rank() == 0:
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(
-            final, ignore_errors=True
-        )  # of an abandoned future: this run came from before it
-        work.mkdir(parents=True)
+        checkpoints.begin(run_dir, step)
     dist.barrier()
     with trainer.optimizer.with_one_step():
         state = _sharded_state(trainer, is_loading=False)
@@ -76,13 +47,12 @@ def save(
     state["common"] = {"steps_by_unit": counted, "world": dist.get_world_size()}
     state["rng"] = _rng_object(_rng_state())
     with _writing_in_this_process():
+        work = checkpoints.partial_path(run_dir, step)
         dist_checkpointing.save(state, str(work), **_release_options())
     dist.barrier()
     if dist.get_rank() == 0:
-        (work / RUN_FILE).write_text(json.dumps(dict(run), indent=2) + "\n")
-        work.replace(final)
-        for _, old in complete_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        checkpoints.seal(run_dir, step, run)
+        checkpoints.drop_old(run_dir, keep=keep)
     dist.barrier()
 
 
@@ -99,11 +69,6 @@ def load(trainer: MegatronTrainer, path: Path) -> None:
     trainer.optimizer.load(loaded["optimizer"], loaded["common"]["steps_by_unit"])
     if same_ranks:
         _set_rng_state(loaded["rng"])
-
-
-def read_run(path: Path) -> dict[str, Any]:
-    """The loop's own values in the checkpoint at `path`."""
-    return json.loads((path / RUN_FILE).read_text())
 
 
 def _common(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.optimizer import OptimizerConfig as NativeOptimizerConfig
@@ -142,7 +142,7 @@ class PhasedOptimizer:
             group["lr"] = lr
         self._trained = trained
         try:
-            _, grad_norm, _ = self.megatron.step()
+            _, grad_norm, _ = cast("tuple[bool, float | None, Any]", self.megatron.step())
         finally:
             self._trained = None
         return float(grad_norm or 0.0)

@@ -1,0 +1,111 @@
+"""Which checkpoints of a run are whole? Names and seals, without torch; `mcore/checkpoint.py` fills
+them.
+
+::
+
+    run_dir/checkpoints/step_000020/               the state before step 20
+    run_dir/checkpoints/step_000020/run.json       its seal: written last, lists every other file's
+    size run_dir/checkpoints/.step_000040.partial/      being written, or left by a kill; never read
+
+A checkpoint gets its name by one rename after its seal, and counts only while every file that the
+seal lists is there in full: neither a kill nor a half-made copy is ever taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_bupo.errors import InputError
+
+SEAL = "run.json"
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    """Where the state before `step` is kept."""
+    return run_dir / "checkpoints" / f"step_{step:06d}"
+
+
+def partial_path(run_dir: Path, step: int) -> Path:
+    """Where the state before `step` is while it is being written."""
+    final = checkpoint_dir(run_dir, step)
+    return final.with_name(f".{final.name}.partial")
+
+
+def begin(run_dir: Path, step: int) -> None:
+    """Make the empty directory that the state before `step` is written to."""
+    work = partial_path(run_dir, step)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+
+
+def seal(run_dir: Path, step: int, run: Mapping[str, Any]) -> None:
+    """Make the filled partial directory of `step` the checkpoint, with the loop's plain values
+    `run`.
+    """
+    final, work = checkpoint_dir(run_dir, step), partial_path(run_dir, step)
+    sizes = {file.name: file.stat().st_size for file in work.iterdir()}
+    with (work / SEAL).open("w") as file:
+        json.dump({"files": sizes, **run}, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)  # of an abandoned future: this run came from before it
+    work.replace(final)
+
+
+def drop_old(run_dir: Path, *, keep: int) -> None:
+    """Remove all but the `keep` newest whole checkpoints."""
+    for _, path in whole_checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def whole_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """`(step, directory)` of every whole checkpoint, oldest first."""
+    return [(step, path) for step, path in _named(run_dir) if is_whole(path)]
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
+    """The whole checkpoint to resume from; None where the run has none yet.
+
+    Raises:
+        InputError: there are checkpoints, and none of them is whole.
+    """
+    whole = whole_checkpoints(run_dir)
+    if not whole and (damaged := _named(run_dir)):
+        raise InputError(
+            str(damaged[-1][1]),
+            "is damaged, and the run has no other checkpoint",
+            f"restore it, or remove {run_dir / 'checkpoints'} to start from step 0",
+        )
+    return whole[-1] if whole else None
+
+
+def damaged_checkpoints(run_dir: Path) -> list[Path]:
+    """Directories with a checkpoint's name that are not whole."""
+    return [path for _, path in _named(run_dir) if not is_whole(path)]
+
+
+def is_whole(path: Path) -> bool:
+    """Is every file that the seal lists there, in full?"""
+    try:
+        sizes: dict[str, int] = read_run(path)["files"]
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The loop's own values in the checkpoint at `path`."""
+    return json.loads((path / SEAL).read_text())
+
+
+def _named(run_dir: Path) -> list[tuple[int, Path]]:
+    found = (run_dir / "checkpoints").glob("step_*")
+    named = ((_NAME.fullmatch(path.name), path) for path in found)
+    return sorted((int(match[1]), path) for match, path in named if match)
