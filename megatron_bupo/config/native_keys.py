@@ -53,6 +53,15 @@ _UNSUPPORTED = {
     ),
     "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split": _UNEVEN,
     "pipeline_model_parallel_layout": _UNEVEN,
+    "overlap_grad_reduce overlap_param_gather overlap_param_gather_with_optimizer_step": (
+        "gradients of the layers that the internal phase skips never come, and the overlapped "
+        "reduction would wait for them",
+        "remove it",
+    ),
+    "use_megatron_fsdp use_custom_fsdp use_precision_aware_optimizer optimizer_cpu_offload": (
+        "not shown to leave frozen layers as they are",
+        "remove it",
+    ),
     "calculate_per_token_loss": (
         "losses are always divided by the global token count",
         "use algorithm.loss_aggregation",
