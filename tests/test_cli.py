@@ -81,7 +81,7 @@ BAD_INPUT: dict[str, tuple[str, Callable[[RunFiles], None], str]] = {
     "unknown Megatron key": (
         "megatron.recompute=full",
         break_nothing,
-        "megatron.recompute=full: no field of this name in Megatron-Core's ",
+        "megatron.recompute=full: no such field in Megatron-Core's ",
     ),
     "prepare that does not import": (
         "prepare=nowhere:make",

@@ -119,7 +119,7 @@ def test_a_reward_function_that_does_not_import_is_named(files: RunFiles):
 
 def test_a_native_key_that_megatron_does_not_have_is_named(files: RunFiles):
     message = refused(config_of(files, "megatron.recompute_granularty=full"))
-    assert message.startswith("megatron.recompute_granularty=full: no field of this name in ")
+    assert message.startswith("megatron.recompute_granularty=full: no such field in ")
     assert message.endswith("did you mean megatron.recompute_granularity?")
 
 

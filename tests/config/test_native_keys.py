@@ -38,7 +38,7 @@ def test_what_cannot_follow_a_change_of_depth_is_refused(key: str):
 
 
 def test_other_native_keys_pass_through():
-    refuse_owned_keys({"recompute_granularity": "full", "overlap_grad_reduce": True, "new": 1})
+    refuse_owned_keys({"recompute_granularity": "full", "check_for_nan_in_grad": True, "new": 1})
 
 
 def test_every_way_out_names_keys_that_exist():
