@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from megatron_bupo.evaluation.accuracy import accuracy
 from megatron_bupo.hf.reader import slice_opener
 from megatron_bupo.hf.tensors import read_index
 from megatron_bupo.hf.writer import write_checkpoint
-from megatron_bupo.mcore import checkpoint, parallel
+from megatron_bupo.mcore import checkpoint, cpu, parallel
 from megatron_bupo.mcore.model import DTYPES
 from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.preflight import Preflight
@@ -93,7 +94,11 @@ class Run:
 
     def save(self, step: int) -> None:
         """Write the state before `step`. Collective."""
-        state = {"step": step, "config": flatten(self.config)}
+        state = {
+            "step": step,
+            "config": flatten(self.config),
+            "architecture": asdict(self.trainer.arch),
+        }
         with self.journal.doing("checkpoint"):
             checkpoint.save(
                 self.trainer, self.run_dir, step, state, keep=self.config.checkpoint.keep
@@ -113,10 +118,10 @@ class Run:
             for _ in weights:
                 pass  # the other ranks do their part of the gathering
         if dist.get_rank() == 0:
-            self.journal.display.__exit__(None, None, None)
             figure = draw_run(self.run_dir)
-            self.journal.say("\n" + summarise(self.run_dir, self.config, world_size=self.world))
-            self.journal.say(f"metrics {self.run_dir / 'metrics.jsonl'}, plot {figure}")
+            paragraph = summarise(self.run_dir, self.config, world_size=self.world)
+            metrics = self.run_dir / "metrics.jsonl"
+            self.journal.conclude(f"\n{paragraph}\nmetrics {metrics}, plot {figure}")
 
 
 def _noise_seed(*keys: int) -> int:
@@ -127,48 +132,53 @@ def build(ready: Preflight) -> Run:
     """Everything the loop uses, resumed from the run directory's newest checkpoint. Collective."""
     config, arch = ready.config, ready.architecture
     run_dir, model_dir = Path(expand(config.run_dir)), expand(config.model.path)
-    stack = ExitStack()
-    grader = Grader(config.reward)  # first: its process starts while the rest loads
-    stack.callback(grader.close)
-    parallel.initialize(ready.layout, seed=config.seed)
-    stack.callback(parallel.shutdown)
-    tokenizer = load_tokenizer(expand(config.model.tokenizer or config.model.path))
-    with ExitStack() as files:
-        trainer = MegatronTrainer(arch, config, slice_opener(read_index(model_dir), files))
-    dtype = DTYPES[config.model.dtype]
-    engine = EmbeddedEngine(model_dir, tokenizer, batch_size=config.rollout.batch_size, dtype=dtype)
-    stack.callback(engine.close)
-    first_step, notes = _resume(trainer, engine, config, run_dir)
-    journal = stack.enter_context(
-        Journal(run_dir, config, first_step=first_step, speaks=dist.get_rank() == 0)
-    )
-    for note in notes:
-        journal.say(note)
-    if dist.get_rank() == 0:
-        (run_dir / "config.yaml").write_text(to_yaml(config))
-    held_out: list[Prompt] = []
-    if config.data.eval and config.evaluation.every:
-        held_out = load_prompts(config.data.eval, config.data, tokenizer)
-    return Run(
-        config=config,
-        run_dir=run_dir,
-        trainer=trainer,
-        engine=engine,
-        grader=grader,
-        prompts=PromptStream(
-            load_prompts(config.data.train, config.data, tokenizer),
-            prompts_per_step=config.rollout.prompts_per_step,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-        ),
-        held_out=held_out[: config.evaluation.max_prompts],
-        schedule=PhaseSchedule.of(config.bupo.phases(), read_out_norm=config.bupo.read_out_norm),
-        journal=journal,
-        pad_id=0,  # masked out everywhere: any id will do
-        first_step=first_step,
-        world=ready.layout.world,
-        closing=stack,
-    )
+    with ExitStack() as stack:
+        grader = Grader(config.reward)  # first: its process starts while the rest loads
+        stack.callback(grader.close)
+        stack.enter_context(parallel.joined(ready.layout, seed=config.seed))
+        tokenizer = load_tokenizer(expand(config.model.tokenizer or config.model.path))
+        with ExitStack() as files:
+            trainer = MegatronTrainer(arch, config, slice_opener(read_index(model_dir), files))
+        engine = EmbeddedEngine(
+            model_dir,
+            tokenizer,
+            batch_size=config.rollout.batch_size,
+            dtype=DTYPES[config.model.dtype],
+        )
+        stack.callback(engine.close)
+        first_step, notes = _resume(trainer, engine, config, run_dir)
+        journal = stack.enter_context(
+            Journal(run_dir, config, first_step=first_step, speaks=dist.get_rank() == 0)
+        )
+        for note in notes:
+            journal.say(note)
+        if dist.get_rank() == 0:
+            (run_dir / "config.yaml").write_text(to_yaml(config))
+        held_out: list[Prompt] = []
+        if config.data.eval and config.evaluation.every:
+            held_out = load_prompts(config.data.eval, config.data, tokenizer)
+        return Run(
+            config=config,
+            run_dir=run_dir,
+            trainer=trainer,
+            engine=engine,
+            grader=grader,
+            prompts=PromptStream(
+                load_prompts(config.data.train, config.data, tokenizer),
+                prompts_per_step=config.rollout.prompts_per_step,
+                seed=config.seed,
+                shuffle=config.data.shuffle,
+            ),
+            held_out=held_out[: config.evaluation.max_prompts],
+            schedule=PhaseSchedule.of(
+                config.bupo.phases(), read_out_norm=config.bupo.read_out_norm
+            ),
+            journal=journal,
+            pad_id=0,  # masked out everywhere: any id will do
+            first_step=first_step,
+            world=ready.layout.world,
+            closing=stack.pop_all(),
+        )
 
 
 def _resume(
@@ -186,17 +196,12 @@ def _resume(
         f"passing over {damaged}: not whole" for damaged in checkpoints.damaged_checkpoints(run_dir)
     ]
     notes.append(f"resuming at step {step} from {path}")
-    for key, value in flatten(config).items():
-        if key in before and before[key] != _plain(value):
-            notes.append(f"changed since: {key} was {before[key]}, is {value}")
-    notes += [
-        f"changed since: {key} was {before[key]}, is gone"
-        for key in before
-        if key not in flatten(config)
-    ]
-    return step, notes
+    return step, [*notes, *_changes(before, flatten(config))]
 
 
-def _plain(value: object) -> object:
-    """`value` as JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value
+def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> Iterator[str]:
+    """What was set otherwise when the checkpoint was written."""
+    for key in {**before, **now}:
+        was, is_now = (json.dumps(c[key]) if key in c else "not set" for c in (before, now))
+        if was != is_now:
+            yield f"changed since: {key} was {was}, is {is_now}"

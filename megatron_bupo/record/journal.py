@@ -85,6 +85,11 @@ class Journal:
         """Add metrics to the step's line."""
         self._metrics.update(metrics)
 
+    def conclude(self, text: str) -> None:
+        """The last words, below the display."""
+        self.display.__exit__(None, None, None)
+        self.say(text)
+
     def say(self, text: str) -> None:
         """A line for the person watching."""
         self.display.say(text)
