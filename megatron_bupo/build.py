@@ -144,6 +144,7 @@ def build(ready: Preflight) -> Run:
             tokenizer,
             batch_size=config.rollout.batch_size,
             dtype=DTYPES[config.model.dtype],
+            device=cpu.device(),
         )
         stack.callback(engine.close)
         first_step, notes = _resume(trainer, engine, config, run_dir)

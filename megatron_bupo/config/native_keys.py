@@ -54,8 +54,7 @@ _UNSUPPORTED = {
     "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split": _UNEVEN,
     "pipeline_model_parallel_layout": _UNEVEN,
     "overlap_grad_reduce overlap_param_gather overlap_param_gather_with_optimizer_step": (
-        "gradients of the layers that the internal phase skips never come, and the overlapped "
-        "reduction would wait for them",
+        "the reduction would wait for gradients of layers that the internal phase skips",
         "remove it",
     ),
     "use_megatron_fsdp use_custom_fsdp use_precision_aware_optimizer optimizer_cpu_offload": (
