@@ -165,9 +165,8 @@ class PhasedOptimizer:
     def _follow_common_step(self, inner: torch.optim.Optimizer, *_: Any) -> None:
         if self.at_switch != "common_step" or not isinstance(inner, torch.optim.AdamW):
             return
-        latest = max((float(s["step"]) for s in inner.state.values()), default=0.0)
         for p in self._frozen_now:
-            inner.state[p]["step"] = torch.tensor(latest)
+            inner.state[p]["step"] += 1
 
     def steps_by_unit(self) -> dict[Unit, float]:
         """Updates that each unit's Adam state on this rank has seen; empty for fused optimizers."""
