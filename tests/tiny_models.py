@@ -30,6 +30,7 @@ def make_tiny_model(
     tied: bool = False,
     bias: bool = False,
     rope: dict[str, Any] | None = None,
+    scale: float = 0.25,
     seed: int = 0,
     **config: Any,
 ) -> Path:
@@ -67,7 +68,7 @@ def make_tiny_model(
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = name.endswith("norm.weight")
-            parameter.copy_(1 + 0.2 * noise if is_norm else 0.25 * noise)
+            parameter.copy_(1 + 0.2 * noise if is_norm else scale * noise)
     model.save_pretrained(path)
     return path
 

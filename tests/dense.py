@@ -1,0 +1,114 @@
+"""The reference for all that the actor computes: transformers on one process, whole logits, loops.
+
+Nothing here is fast, sharded, chunked or cached, and nothing is shared with the package.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_bupo.algorithm.bupo import InternalLayerPolicy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from megatron_bupo.algorithm.bupo import Policy
+    from megatron_bupo.types import TokenBatch
+
+
+def dense_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The checkpoint at `path` as transformers computes it, attention without fused kernels."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+
+
+def dense_logits(model: Any, input_ids: Tensor, policy: Policy) -> Tensor:
+    """`[responses, tokens, vocab]`; entry t is the distribution of token t + 1."""
+    if not isinstance(policy, InternalLayerPolicy):
+        return model(input_ids).logits
+    hidden = model(input_ids, output_hidden_states=True).hidden_states[policy.layer]
+    return model.lm_head(model.model.norm(hidden) if policy.read_out_norm else hidden)
+
+
+def dense_logprobs(
+    model: Any, batch: TokenBatch, policy: Policy, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of response tokens, `[responses, tokens]` fp32 nats, else 0."""
+    logits = dense_logits(model, batch.input_ids, policy).float() / temperature
+    log_p = torch.log_softmax(logits, dim=-1)[:, :-1]
+    chosen = log_p.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
+    entropies = -(log_p.exp() * log_p).sum(-1)
+    first = torch.zeros(len(batch), 1)  # nothing comes before token 0
+    mask = batch.response_mask
+    return (
+        torch.cat((first, chosen), dim=1) * mask,
+        torch.cat((first, entropies), dim=1) * mask,
+    )
+
+
+def loop_loss(
+    logprobs: Tensor,
+    batch: TokenBatch,
+    *,
+    aggregation: str,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = 10.0,
+) -> Tensor:
+    """The clipped loss, one response and one token at a time."""
+    assert batch.old_logprobs is not None
+    per_response = []
+    for i in range(len(batch)):
+        losses = []
+        for t in range(batch.input_ids.shape[1]):
+            if not batch.response_mask[i, t]:
+                continue
+            ratio = torch.exp(logprobs[i, t] - batch.old_logprobs[i, t])
+            advantage = float(batch.advantages[i, t])
+            gain = ratio * advantage
+            if advantage > 0 and ratio > 1 + clip_high:
+                gain = torch.tensor((1 + clip_high) * advantage)
+            if advantage < 0 and ratio < 1 - clip_low:
+                gain = torch.tensor((1 - clip_low) * advantage)
+            if dual_clip is not None and advantage < 0 and ratio > dual_clip:
+                gain = torch.tensor(dual_clip * advantage)
+            losses.append(-gain)
+        per_response.append(losses)
+    tokens = sum(len(losses) for losses in per_response)
+    if aggregation == "token_mean":
+        return torch.stack([x for losses in per_response for x in losses]).sum() / tokens
+    means = [torch.stack(losses).sum() / len(losses) for losses in per_response if losses]
+    return torch.stack(means).sum() / len(batch)
+
+
+@dataclass(frozen=True)
+class DenseUpdate:
+    """What one update on a batch should report, and its gradients by HF name."""
+
+    logprobs: Tensor
+    entropies: Tensor
+    loss: float
+    grad_norm: float
+    grads: dict[str, Tensor]  # zeros where the policy does not reach
+
+
+def dense_update(
+    model: Any, batch: TokenBatch, policy: Policy, *, aggregation: str = "token_mean"
+) -> DenseUpdate:
+    """Forward and backward of `batch` (with its old log-probs) under `policy`."""
+    model.zero_grad()
+    logprobs, entropies = dense_logprobs(model, batch, policy)
+    loss = loop_loss(logprobs, batch, aggregation=aggregation)
+    loss.backward()
+    grads = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+    return DenseUpdate(logprobs.detach(), entropies.detach(), loss.item(), norm, grads)
