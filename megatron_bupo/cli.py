@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from megatron_bupo import __version__
 from megatron_bupo.errors import InputError
+from megatron_bupo.launch.local import RankFailed, Terminated
 
 COMMANDS = {  # name -> module with `run(args)`, imported when it is the one that was asked for
     "train": "megatron_bupo.commands.train",
@@ -40,12 +41,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         importlib.import_module(COMMANDS[args.command]).run(args)
     except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine, not per rank
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        return _ended(2, f"error: {error}")
+    except RankFailed as error:
+        return _ended(1, f"error: {error}", *_notes_of(error))
+    except KeyboardInterrupt as error:
+        return _ended(130, *_notes_of(error))
+    except Terminated as error:
+        return _ended(143, *_notes_of(error))
     return 0
+
+
+def _ended(code: int, *lines: str) -> int:
+    """`code`, after telling why."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine, not per rank
+        for line in lines:
+            print(line, file=sys.stderr)
+    return code
+
+
+def _notes_of(error: BaseException) -> list[str]:
+    """What was noted on `error` on its way up."""
+    return getattr(error, "__notes__", [])
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -12,5 +12,9 @@ class InputError(ValueError):
 
     def __init__(self, where: str, reason: str, way_out: str = "") -> None:
         """`where` names the key or file with its value, e.g. `bupo.target_layer=36`."""
+        super().__init__(where, reason, way_out)  # as they are: ranks send it to their launcher
+
+    def __str__(self) -> str:
+        where, reason, way_out = self.args
         tail = f"; {way_out}" if way_out else ""
-        super().__init__(f"{where}: {reason}{tail}".replace("\n", " "))
+        return f"{where}: {reason}{tail}".replace("\n", " ")

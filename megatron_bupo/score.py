@@ -32,8 +32,7 @@ def score(scoring: Scoring) -> None:
     drawn from.
     """
     ready = scoring.ready
-    parallel.initialize(ready.layout, seed=ready.config.seed)
-    try:
+    with parallel.joined(ready.layout, seed=ready.config.seed):
         with ExitStack() as files:
             index = read_index(expand(ready.config.model.path))
             actor = MegatronActor(ready.architecture, ready.config, slice_opener(index, files))
@@ -47,8 +46,6 @@ def score(scoring: Scoring) -> None:
         for _ in rows:
             pass  # the other ranks' part of the passes
         dist.barrier()
-    finally:
-        parallel.shutdown()
 
 
 def scored_rows(

@@ -5,13 +5,22 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
+from megatron_bupo.checkpoints import whole_checkpoints
 from megatron_bupo.config import Config, expand, load_config, to_yaml
 from megatron_bupo.config.checks import check
 from megatron_bupo.config.layout import Layout, layers_of_stages
-from megatron_bupo.launch.local import run_ranks, under_torchrun
+from megatron_bupo.launch.local import (
+    RankFailed,
+    Terminated,
+    is_first_rank,
+    run_ranks,
+    under_torchrun,
+)
+from megatron_bupo.launch.lock import hold
 from megatron_bupo.preflight import check_files, check_model, preflight, prepare
 
 GROUPS_SHOWN = 4
@@ -29,7 +38,21 @@ def run(args: Namespace) -> None:
     ready = preflight(config, world_size)
     from megatron_bupo.train import train
 
-    run_ranks(train, layout.world, ready)
+    run_dir = Path(expand(config.run_dir))
+    with hold(run_dir) if is_first_rank() else nullcontext():
+        try:
+            run_ranks(train, layout.world, ready)
+        except (KeyboardInterrupt, Terminated, RankFailed) as error:
+            error.add_note(way_on(run_dir))
+            raise
+
+
+def way_on(run_dir: Path) -> str:
+    """What the same command would do after this one has been stopped."""
+    whole = whole_checkpoints(run_dir)
+    if whole:
+        return f"stopped; the same command goes on at step {whole[-1][0]}"
+    return "stopped before the first checkpoint; the same command starts anew"
 
 
 def dry_run(config: Config, layout: Layout) -> str:

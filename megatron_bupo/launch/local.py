@@ -9,13 +9,28 @@ directory.
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from types import FrameType
+from typing import Any, NoReturn
+
+from megatron_bupo.errors import InputError
 
 PR_SET_PDEATHSIG = 1
+
+
+class RankFailed(RuntimeError):
+    """A rank raised or died. `str(error)` is its traceback, or how it died."""
+
+
+class Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT."""
 
 
 def die_with_parent(parent: int) -> None:
@@ -33,35 +48,35 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _rank_main(
-    rank: int,
-    parent: int,
-    environment: dict[str, str],
-    function: Callable[..., None],
-    args: tuple[Any, ...],
-) -> None:
-    die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends its ranks
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-    import torch
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(environment["WORLD_SIZE"])))
-    function(*args)
+def is_first_rank() -> bool:
+    """Is this process the one that acts for the whole run: a launcher, or torchrun's rank 0?"""
+    return not under_torchrun() or os.environ["RANK"] == "0"
 
 
 def run_ranks(function: Callable[..., None], world_size: int, *args: Any) -> None:
     """`function(*args)` on `world_size` ranks: here if one rank or under torchrun, else in new
     processes.
 
-    Returns when all ranks have; the first rank that fails ends the others, and its traceback is
-    raised here.
+    Returns when all ranks have, and leaves none behind.
+
+    Raises:
+        InputError: as the rank raised it.
+        RankFailed: another error of a rank, of the first that failed: it ends the others.
+        KeyboardInterrupt, Terminated: this process was told to stop.
     """
-    if world_size == 1 or under_torchrun():
+    if under_torchrun():  # which ends its ranks by SIGTERM, and they had better obey at once
         function(*args)
         return
+    with _terminable():
+        if world_size == 1:
+            function(*args)
+        else:
+            _run_local(function, world_size, args)
+
+
+def _run_local(function: Callable[..., None], world_size: int, args: tuple[Any, ...]) -> None:
     import torch
     import torch.distributed as dist
-    from torch.multiprocessing import start_processes
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {
@@ -73,17 +88,86 @@ def run_ranks(function: Callable[..., None], world_size: int, *args: Any) -> Non
     }
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-    context: Any = start_processes(
-        _rank_main,
-        args=(os.getpid(), environment, function, args),
-        nprocs=world_size,
-        join=False,
-        start_method="spawn" if torch.cuda.is_available() else "fork",
-    )
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    processes: dict[Connection, Any] = {}
     try:
-        while not context.join():
-            pass
-    except BaseException:
-        for process in context.processes:
+        for rank in range(world_size):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank_main,
+                args=(os.getpid(), {**environment, **own}, theirs, function, args),
+                name=f"rank {rank}",
+            )
+            process.start()
+            theirs.close()  # the rank has the only one: its end, however it comes, ends the pipe
+            processes[ours] = process
+        _wait_for(processes)
+    finally:
+        for process in processes.values():
             process.kill()
-        raise
+        for process in processes.values():
+            process.join()
+
+
+def _wait_for(processes: Mapping[Connection, Any]) -> None:
+    """Return when all ranks have ended well; raise what the first to fail has to say."""
+    running: dict[Any, Any] = dict(processes)
+    while running:
+        # The dead come first: what the others complain of is that they are gone.
+        for pipe in sorted(wait(list(running)), key=lambda pipe: running[pipe].is_alive()):
+            failure = _failure(pipe, running.pop(pipe))
+            if failure is not None:
+                raise failure
+
+
+def _failure(pipe: Any, process: Any) -> Exception | None:
+    """What the rank had to say, or how it died without a word; None if it ended well."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        process.join()
+    code = process.exitcode
+    if code == 0:
+        return None
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    return RankFailed(f"{process.name} {how}")
+
+
+def _rank_main(
+    parent: int,
+    environment: dict[str, str],
+    failures: Connection,
+    function: Callable[..., None],
+    args: tuple[Any, ...],
+) -> None:
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends its ranks
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(environment["WORLD_SIZE"])))
+    try:
+        function(*args)
+    except BaseException as error:
+        text = f"rank {environment['RANK']} failed:\n{traceback.format_exc().rstrip()}"
+        failures.send(error if isinstance(error, InputError) else RankFailed(text))
+        # Leaving would break the connections of the other ranks, whose errors say less: wait for
+        # the parent to end us.
+        while True:
+            signal.pause()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated inside the block."""
+
+    def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

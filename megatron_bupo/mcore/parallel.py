@@ -5,6 +5,8 @@ them.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import cast
 
@@ -46,6 +48,23 @@ def shutdown() -> None:
     """Leave the groups; the process group goes last."""
     mpu.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+@contextmanager
+def joined(layout: Layout, *, seed: int) -> Iterator[None]:
+    """Be one rank of `layout` inside the block.
+
+    A rank that fails does not leave: those that wait for it would report a lost connection, and
+    perhaps sooner than it reports the cause.
+    """
+    initialize(layout, seed=seed)
+    try:
+        yield
+    except BaseException:
+        if layout.world == 1:
+            shutdown()
+        raise
+    shutdown()
 
 
 def pipeline_group() -> dist.ProcessGroup:

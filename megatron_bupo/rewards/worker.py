@@ -11,6 +11,7 @@ come back to Python to see the signal; then the parent kills this process.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -39,20 +40,21 @@ def main(descriptor: int, parent: int) -> None:
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     signal.signal(signal.SIGALRM, _raise_time_up)
-    with Connection(descriptor) as connection:
-        name, timeout_s = connection.recv()
-        try:
-            function = resolve(name)
-            connection.send(arguments_of(function, name))
-        except InputError as error:
-            connection.send(str(error))
-            return
-        try:
-            while True:
-                for args, kwargs in connection.recv():
-                    connection.send(_grade(function, args, kwargs, timeout_s=timeout_s))
-        except (EOFError, BrokenPipeError):
-            return
+    with Connection(descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
+        _serve(connection)
+
+
+def _serve(connection: Connection) -> None:
+    name, timeout_s = connection.recv()
+    try:
+        function = resolve(name)
+        connection.send(arguments_of(function, name))
+    except InputError as error:
+        connection.send(str(error))
+        return
+    while True:
+        for args, kwargs in connection.recv():
+            connection.send(_grade(function, args, kwargs, timeout_s=timeout_s))
 
 
 def _die_with(parent: int) -> None:
