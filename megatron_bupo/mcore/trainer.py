@@ -6,15 +6,12 @@ It does not know the algorithm's schedule: every call says which policy it train
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from torch import Tensor, nn
 
 from megatron_bupo.algorithm.advantages import token_weights
@@ -24,6 +21,7 @@ from megatron_bupo.config.schema import Config
 from megatron_bupo.hf.architecture import Architecture
 from megatron_bupo.mcore import parallel
 from megatron_bupo.mcore.actor import MegatronActor
+from megatron_bupo.mcore.ddp import PhasedDDP
 from megatron_bupo.mcore.hf_weights import Unit
 from megatron_bupo.mcore.microbatches import Microbatch
 from megatron_bupo.mcore.native import build_native
@@ -47,15 +45,15 @@ class MegatronTrainer(MegatronActor):
     ) -> None:
         super().__init__(arch, config, open_slice)
         self.native.finalize_model_grads_func = _finalize
-        self.wrapped = [
-            DistributedDataParallel(self.native, self._ddp_config(), m) for m in self.wrapped
-        ]
-        unit_of: dict[nn.Parameter, Unit] = {
+        self.wrapped = [PhasedDDP(self.native, self._ddp_config(), m) for m in self.wrapped]
+        self._unit_of: dict[nn.Parameter, Unit] = {
             held.parameter: "embedding" if unit == "tied unembedding" else unit
             for unit, parts in self.weights.held.items()
             for held in parts
         }
-        self.optimizer = PhasedOptimizer(self.wrapped, unit_of, config, self.native.params_dtype)
+        self.optimizer = PhasedOptimizer(
+            self.wrapped, self._unit_of, config, self.native.params_dtype
+        )
         self.native.grad_scale_func = self.optimizer.megatron.scale_loss
 
     def _ddp_config(self) -> Any:
@@ -85,11 +83,14 @@ class MegatronTrainer(MegatronActor):
         self.optimizer.zero_grad()
         weights = token_weights(minibatch.response_mask, self.config.algorithm.loss_aggregation)
         columns = (minibatch.old_logprobs, minibatch.advantages, weights)
-        sums = self._run(
-            minibatch, policy, learn=partial(self._loss, [c.flatten() for c in columns])
-        )
+        loss = partial(self._loss, [c.flatten() for c in columns])
         trained = frozenset(trained_units(policy, self.arch))
-        grad_norm = self.optimizer.step(trained, lr)
+        parameters = {p for p, unit in self._unit_of.items() if unit in trained}
+        with ExitStack() as stack:
+            for chunk in self.wrapped:
+                stack.enter_context(chunk.exchanging_only(parameters))
+            sums = self._run(minibatch, policy, learn=loss)
+            grad_norm = self.optimizer.step(trained, lr)
         return self._report(sums, grad_norm)
 
     def _loss(
