@@ -8,6 +8,7 @@ is raised as an InputError. Nothing but the last looks at torch.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,12 @@ from megatron_bupo.config.checks import check, check_against_model
 from megatron_bupo.config.layout import Layout
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
-from megatron_bupo.hf.architecture import Architecture, read_architecture
+from megatron_bupo.hf.architecture import (
+    Architecture,
+    DecoderSizes,
+    is_known,
+    read_architecture,
+)
 from megatron_bupo.hf.tensors import check_tensors, read_index
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -31,7 +37,7 @@ class Preflight:
     """A run that can start: its settings, the model that they name, and who holds what."""
 
     config: Config
-    architecture: Architecture
+    architecture: DecoderSizes
     layout: Layout
 
 
@@ -46,7 +52,7 @@ def preflight(config: Config, world_size: int | None) -> Preflight:
     return Preflight(config, architecture, layout)
 
 
-def check_files(config: Config) -> Architecture:
+def check_files(config: Config) -> DecoderSizes:
     """The model, its tokenizer, the data and the reward function exist and fit; without torch."""
     from megatron_bupo.data.prompts import check_rows
     from megatron_bupo.rewards.functions import resolve
@@ -57,21 +63,38 @@ def check_files(config: Config) -> Architecture:
     return architecture
 
 
-def check_model(config: Config, *, training: bool = True) -> Architecture:
+def check_model(config: Config, *, training: bool = True) -> DecoderSizes:
     """The checkpoint is whole, is what its config.json says, and fits settings and tokenizer.
 
     Scoring (not `training`) reads token ids and needs no tokenizer.
     """
     model_dir = expand(config.model.path)
-    architecture = read_architecture(model_dir)
+    architecture = _read_architecture(config)
     check_against_model(config, architecture, training=training)
-    check_tensors(architecture, read_index(model_dir))
+    index = read_index(model_dir)
+    if isinstance(architecture, Architecture):  # else the bridge checks, as it pairs the names
+        check_tensors(architecture, index)
     if training:
         check_vocabulary(config, architecture)
     return architecture
 
 
-def check_vocabulary(config: Config, architecture: Architecture) -> None:
+def _read_architecture(config: Config) -> DecoderSizes:
+    """What config.json describes; where our table does not know it, in Megatron-Bridge's words."""
+    model_dir = expand(config.model.path)
+    if is_known(model_dir) or importlib.util.find_spec("megatron.bridge") is None:
+        return read_architecture(model_dir)
+    try:
+        from megatron_bupo.mcore.bridge import read_sizes
+    except ImportError as error:
+        where, reason = f"model.path={config.model.path}", f"it does not import ({error})"
+        raise InputError(
+            where, f"needs Megatron-Bridge, but {reason}", "install what it asks for"
+        ) from error
+    return read_sizes(config)
+
+
+def check_vocabulary(config: Config, architecture: DecoderSizes) -> None:
     """Every token id has a row in the embedding. Rows without a token are common, and fine."""
     from tokenizers import Tokenizer
 

@@ -17,7 +17,7 @@ from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy, Policy
 from megatron_bupo.config import expand, load_config
 from megatron_bupo.config.checks import check
 from megatron_bupo.errors import InputError
-from megatron_bupo.hf.architecture import Architecture
+from megatron_bupo.hf.architecture import DecoderSizes
 from megatron_bupo.launch.local import run_ranks, under_torchrun
 from megatron_bupo.preflight import Preflight, check_model
 
@@ -91,7 +91,7 @@ def read_policy(text: str, layers: int, *, read_out_norm: bool) -> Policy:
     return InternalLayerPolicy(layer, read_out_norm)
 
 
-def read_responses(path: Path, architecture: Architecture) -> tuple[GivenResponse, ...]:
+def read_responses(path: Path, architecture: DecoderSizes) -> tuple[GivenResponse, ...]:
     """The rows of the JSONL file `path`; blank lines are passed over."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -108,7 +108,7 @@ def read_responses(path: Path, architecture: Architecture) -> tuple[GivenRespons
     return rows
 
 
-def _response(where: str, line: str, architecture: Architecture) -> GivenResponse:
+def _response(where: str, line: str, architecture: DecoderSizes) -> GivenResponse:
     try:
         row = json.loads(line)
     except ValueError as error:

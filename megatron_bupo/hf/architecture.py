@@ -66,19 +66,26 @@ _ROPE_NUMBERS = {
 }
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A decoder-only transformer with RMSNorm, RoPE, gated SiLU MLP; sizes of the whole model."""
+@dataclass(frozen=True, kw_only=True)
+class DecoderSizes:
+    """A decoder-only transformer as far as layouts, lengths and vocabularies ask; whole model."""
 
-    family: str  # qwen2 | qwen3 | llama
+    family: str  # qwen2 | qwen3 | llama; the name in `architectures` where it is another
     layers: int
-    hidden_size: int
     ffn_size: int
     heads: int
     kv_heads: int
-    head_dim: int
     vocab_size: int
     tied: bool  # the unembedding is the embedding
+    max_positions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(DecoderSizes):
+    """All of a decoder-only transformer with RMSNorm, RoPE and a gated SiLU MLP."""
+
+    hidden_size: int
+    head_dim: int
     qkv_bias: bool
     output_bias: bool  # of the attention's output projection
     mlp_bias: bool
@@ -88,7 +95,6 @@ class Architecture:
     # None, {"rope_type": "linear", "factor"} or {"rope_type": "llama3", "factor",
     # "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, numbers as floats
     rope_scaling: Mapping[str, Any] | None
-    max_positions: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     dtype: str  # of the weights on disk, e.g. bfloat16
@@ -163,20 +169,28 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _family(path: Path, raw: Mapping[str, Any]) -> str:
+def is_known(model_dir: str | Path) -> bool:
+    """Is the checkpoint in `model_dir` of one of the `FAMILIES`?"""
+    path = existing_directory(model_dir) / "config.json"
+    return _known_family(read_json_object(path)) is not None
+
+
+def _known_family(raw: Mapping[str, Any]) -> str | None:
     named = raw.get("architectures") or [
         name for name, family in FAMILIES.items() if family == raw.get("model_type")
     ]
     known = [name for name in named if name in FAMILIES] if isinstance(named, list) else []
-    if known:
-        return FAMILIES[known[0]]
-    shown = f"architectures={raw.get('architectures')}"
-    if not raw.get("architectures"):
-        shown = f"model_type={raw.get('model_type')}"
+    return FAMILIES[known[0]] if known else None
+
+
+def _family(path: Path, raw: Mapping[str, Any]) -> str:
+    if family := _known_family(raw):
+        return family
+    key = "architectures" if raw.get("architectures") else "model_type"
     raise InputError(
-        f"{path}: {shown}",
+        f"{path}: {key}={raw.get(key)}",
         "this architecture cannot be loaded",
-        f"use one of {', '.join(FAMILIES)}; others through Megatron-Bridge are not offered yet",
+        f"use one of {', '.join(FAMILIES)}, or install megatron-bridge, which opens others",
     )
 
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_bupo.algorithm.bupo import Policy
 from megatron_bupo.config.schema import Config
-from megatron_bupo.hf.architecture import Architecture
+from megatron_bupo.hf.architecture import Architecture, DecoderSizes
 from megatron_bupo.mcore import cpu, model, parallel
 from megatron_bupo.mcore.depth import attach, returning_hidden_states
 from megatron_bupo.mcore.hf_weights import load
@@ -27,20 +29,32 @@ from megatron_bupo.mcore.weight_stream import WeightStream
 from megatron_bupo.types import TokenBatch
 
 
+def _load_by_our_table(
+    arch: Architecture, config: Config, open_slice: Callable[[str], Any]
+) -> tuple[TransformerConfig, list[GPTModel], WeightStream]:
+    native = model.transformer_config(arch, config)
+    chunks = model.build_chunks(arch, config, native)
+    load(chunks, arch, open_slice)
+    return native, chunks, WeightStream(chunks, arch, native.params_dtype)
+
+
 class MegatronActor:
     """The model of `arch` with weights from `open_slice(hf_name)`, under the layout of `config`."""
 
     def __init__(
-        self, arch: Architecture, config: Config, open_slice: Callable[[str], Any]
+        self, arch: DecoderSizes, config: Config, open_slice: Callable[[str], Any]
     ) -> None:
         self.arch, self.config = arch, config
-        self.native = model.transformer_config(arch, config)
-        self.gpt_chunks = model.build_chunks(arch, config, self.native)
-        load(self.gpt_chunks, arch, open_slice)
+        if isinstance(arch, Architecture):
+            loaded = _load_by_our_table(arch, config, open_slice)
+        else:
+            from megatron_bupo.mcore import bridge  # optional, and seconds to import
+
+            loaded = bridge.load(arch, config)
+        self.native, self.gpt_chunks, self.weights = loaded
         self.router = attach(self.gpt_chunks)
         self.shard = model.vocab_shard(arch)
         self.wrapped: list[Any] = self._wrap()
-        self.weights = WeightStream(self.gpt_chunks, arch, self.native.params_dtype)
 
     def _wrap(self) -> list[Any]:
         """What the pipeline schedule runs: the chunks, with casts at the edges in bfloat16."""

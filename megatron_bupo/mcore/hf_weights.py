@@ -18,7 +18,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-from megatron_bupo.hf.architecture import Architecture
+from megatron_bupo.hf.architecture import Architecture, DecoderSizes
 from megatron_bupo.mcore.model import padded_vocab_size
 
 Pieces = tuple[Tensor, ...]
@@ -130,7 +130,7 @@ def layer_unit(layer: int) -> Unit:
     return f"layer {layer}"
 
 
-def units(arch: Architecture) -> list[Unit]:
+def units(arch: DecoderSizes) -> list[Unit]:
     """All units of the model, in the order data flows through them."""
     layers = [layer_unit(layer) for layer in range(1, arch.layers + 1)]
     return ["embedding", *layers, "final_norm", *([] if arch.tied else ["unembedding"])]

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_bupo.config.schema import Config
-from megatron_bupo.hf.architecture import Architecture
+from megatron_bupo.hf.architecture import Architecture, DecoderSizes
 from megatron_bupo.mcore import cpu, parallel
 from megatron_bupo.mcore.logprobs import VocabShard
 from megatron_bupo.mcore.native import build_native
@@ -28,9 +28,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
     """Megatron-Core's description of the model and its layout."""
-    parallel, dtype = config.parallel, DTYPES[config.model.dtype]
-    fused = torch.cuda.is_available()
-    interleaved = parallel.vpp > 1
     ours: dict[str, Any] = {
         "num_layers": arch.layers,
         "hidden_size": arch.hidden_size,
@@ -45,15 +42,25 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         "layernorm_epsilon": arch.norm_eps,
         "gated_linear_unit": True,
         "activation_func": F.silu,
+        "bias_activation_fusion": torch.cuda.is_available(),
+        "perform_initialization": False,  # every weight comes from the checkpoint
+    }
+    return build_native(TransformerConfig, ours | run_settings(config), config.megatron)
+
+
+def run_settings(config: Config) -> dict[str, Any]:
+    """What the run decides of Megatron-Core's settings, whatever the model."""
+    parallel, dtype = config.parallel, DTYPES[config.model.dtype]
+    fused = torch.cuda.is_available()
+    interleaved = parallel.vpp > 1
+    return {
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "attention_softmax_in_fp32": True,
-        "perform_initialization": False,  # every weight comes from the checkpoint
         "use_cpu_initialization": not fused,
-        "bias_activation_fusion": fused,
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
@@ -70,15 +77,14 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         # The loss arrives divided by the global token count: gradients are summed, never averaged.
         "calculate_per_token_loss": True,
     }
-    return build_native(TransformerConfig, ours, config.megatron)
 
 
-def padded_vocab_size(arch: Architecture, tp: int) -> int:
+def padded_vocab_size(arch: DecoderSizes, tp: int) -> int:
     """The vocabulary rounded up to a multiple of the tensor-parallel size."""
     return -(-arch.vocab_size // tp) * tp
 
 
-def vocab_shard(arch: Architecture) -> VocabShard:
+def vocab_shard(arch: DecoderSizes) -> VocabShard:
     """This rank's part of the vocabulary."""
     tp, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
     rows = padded_vocab_size(arch, tp) // tp

@@ -72,6 +72,11 @@ class CausalAttention(torch.nn.Module):
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
+def uses_transformer_engine() -> bool:
+    """Are layers made of Transformer Engine's modules here, or of plain torch's?"""
+    return te.HAVE_TE and torch.cuda.is_available()
+
+
 def _plain_layer(*, qk_norm: bool) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
     parts: Any = layer.submodules
@@ -89,7 +94,7 @@ def block_spec(
     """The layers that this pipeline stage (and virtual stage) builds, and the norm after the
     last one.
     """
-    if te.HAVE_TE and torch.cuda.is_available():
+    if uses_transformer_engine():
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
         norm: Any = te.TENorm
     else:

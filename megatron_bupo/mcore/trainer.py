@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_bupo.algorithm.advantages import token_weights
 from megatron_bupo.algorithm.bupo import FULL, Policy
 from megatron_bupo.algorithm.policy_loss import ClipStatistics, clipped_policy_loss
 from megatron_bupo.config.schema import Config
-from megatron_bupo.hf.architecture import Architecture
+from megatron_bupo.hf.architecture import DecoderSizes
 from megatron_bupo.mcore import parallel
 from megatron_bupo.mcore.actor import MegatronActor
 from megatron_bupo.mcore.ddp import PhasedDDP
-from megatron_bupo.mcore.hf_weights import Unit
 from megatron_bupo.mcore.microbatches import Microbatch
 from megatron_bupo.mcore.native import build_native
 from megatron_bupo.mcore.optimizer import PhasedOptimizer, learning_rate
@@ -41,16 +40,12 @@ class MegatronTrainer(MegatronActor):
     """An actor under Megatron's DDP with Megatron's optimizer."""
 
     def __init__(
-        self, arch: Architecture, config: Config, open_slice: Callable[[str], Any]
+        self, arch: DecoderSizes, config: Config, open_slice: Callable[[str], Any]
     ) -> None:
         super().__init__(arch, config, open_slice)
         self.native.finalize_model_grads_func = _finalize
         self.wrapped = [PhasedDDP(self.native, self._ddp_config(), m) for m in self.wrapped]
-        self._unit_of: dict[nn.Parameter, Unit] = {
-            held.parameter: "embedding" if unit == "tied unembedding" else unit
-            for unit, parts in self.weights.held.items()
-            for held in parts
-        }
+        self._unit_of = self.weights.unit_of
         self.optimizer = PhasedOptimizer(
             self.wrapped, self._unit_of, config, self.native.params_dtype
         )

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_bupo.algorithm.bupo import InternalLayerPolicy, Policy
-from megatron_bupo.hf.architecture import Architecture
+from megatron_bupo.hf.architecture import Architecture, DecoderSizes
 from megatron_bupo.hf.tensors import expected_tensors
 from megatron_bupo.mcore import cpu, parallel
 from megatron_bupo.mcore.depth import skips_final_norm
@@ -30,7 +30,7 @@ from megatron_bupo.mcore.hf_weights import (
 )
 
 
-def trained_units(policy: Policy, arch: Architecture) -> list[Unit]:
+def trained_units(policy: Policy, arch: DecoderSizes) -> list[Unit]:
     """The units that a step of `policy` changes (appendix A.4), in model order."""
     skipped = set()
     if isinstance(policy, InternalLayerPolicy):
@@ -48,6 +48,15 @@ class WeightStream:
         self.held = held_units(chunks, arch)
         self.shapes = expected_tensors(arch)
         self.owner = self._owners()
+
+    @property
+    def unit_of(self) -> dict[nn.Parameter, Unit]:
+        """The unit that each parameter of this rank trains with."""
+        return {
+            held.parameter: "embedding" if unit == "tied unembedding" else unit
+            for unit, parts in self.held.items()
+            for held in parts
+        }
 
     def _owners(self) -> dict[Unit, int]:
         """The pipeline stage (global rank of this rank's peer there) that holds each unit."""

@@ -197,8 +197,8 @@ def test_an_end_of_sequence_in_generation_config_goes_first(tmp_path: Path):
             {"architectures": ["MixtralForCausalLM"]},
             (
                 "architectures=['MixtralForCausalLM']: this architecture cannot be loaded; use one "
-                "of Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM; others through "
-                "Megatron-Bridge are not offered yet"
+                "of Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM, or install "
+                "megatron-bridge, which opens others"
             ),
         ),
         (
