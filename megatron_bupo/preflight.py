@@ -1,8 +1,8 @@
 """Will this run start? Everything a user can get wrong, looked at before any process group exists.
 
-In the order of cost: the settings among themselves, the checkpoint's config.json and headers, the
-tokenizer, the data, the reward function, Megatron-Core's own keys. The first thing that is wrong
-is raised as an InputError. Nothing but the last looks at torch.
+In the order of cost: the settings among themselves, the model's config.json and headers, the
+tokenizer, the data, the reward function, the checkpoint to resume from, Megatron-Core's own keys.
+The first thing that is wrong is raised as an InputError. Nothing but the last looks at torch.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import importlib
 import importlib.util
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from megatron_bupo.config import expand
+from megatron_bupo.checkpoints import newest_checkpoint, read_run
+from megatron_bupo.config import expand, flatten
 from megatron_bupo.config.checks import check, check_against_model
 from megatron_bupo.config.layout import Layout
 from megatron_bupo.config.schema import Config
@@ -30,6 +31,10 @@ from megatron_bupo.hf.architecture import (
 from megatron_bupo.hf.tensors import check_tensors, read_index
 
 TOKENIZER_FILE = "tokenizer.json"
+# What a run keeps for good; everything else may change when it is resumed, the layout too.
+FOR_GOOD = ("parallel.distributed_optimizer", "model.dtype")
+# Facts of a checkpoint directory that are none of the network's.
+BESIDE_THE_WEIGHTS = {"max_positions", "eos_token_ids", "pad_token_id", "dtype"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ def preflight(config: Config, world_size: int | None) -> Preflight:
     """Check everything; `world_size` ranks under torchrun, None where we start the ranks."""
     layout = check(config, world_size)
     architecture = check_files(config)
+    check_resumption(config, architecture)
     if config.megatron:
         from megatron_bupo.mcore.native import check_native
 
@@ -92,6 +98,29 @@ def _read_architecture(config: Config) -> DecoderSizes:
             where, f"needs Megatron-Bridge, but {reason}", "install what it asks for"
         ) from error
     return read_sizes(config)
+
+
+def check_resumption(config: Config, architecture: DecoderSizes) -> None:
+    """The checkpoint that the run would go on from is of this model and this kind of optimizer."""
+    newest = newest_checkpoint(Path(expand(config.run_dir)))
+    if newest is None:
+        return
+    path = newest[1]
+    before = read_run(path)
+    for key in FOR_GOOD:
+        was, now = before["config"][key], flatten(config)[key]
+        if was != now:
+            was, now = (v if isinstance(v, str) else json.dumps(v) for v in (was, now))
+            reason = f"{path} holds the state of an optimizer with {key}={was}, which does not fit"
+            raise InputError(f"{key}={now}", reason, f"set {key}={was}, or choose another run_dir")
+    for name, now in asdict(architecture).items():
+        was = before["architecture"].get(name, now)  # a bridge knows fewer facts than our table
+        if was != now and name not in BESIDE_THE_WEIGHTS:
+            raise InputError(
+                f"model.path={config.model.path}",
+                f"is a model with {name}={now}, but {path} is of one with {name}={was}",
+                "name the model that the run began with, or choose another run_dir",
+            )
 
 
 def check_vocabulary(config: Config, architecture: DecoderSizes) -> None:

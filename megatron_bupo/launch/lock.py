@@ -18,7 +18,7 @@ from typing import IO
 from megatron_bupo.errors import InputError
 
 FILE = ".lock"
-POLL_S = 0.1
+POLL_S = 0.05
 
 
 @contextmanager
