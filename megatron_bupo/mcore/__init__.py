@@ -5,10 +5,13 @@
 import warnings
 
 # Said on every import, by every rank; `RMSNorm` and `CausalAttention` in spec.py take the missing
-# parts.
+# parts. The last three: by Megatron-Core to itself, of calls it makes.
 for _message in (
     "Transformer Engine and Apex",
     "Apex is not installed",
     "full scope is deprecated",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor",
+    "`torch.distributed.",
 ):
-    warnings.filterwarnings("ignore", message=_message, category=UserWarning)
+    warnings.filterwarnings("ignore", message=_message)

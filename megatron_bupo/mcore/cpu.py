@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -72,7 +71,7 @@ def _current_device() -> torch.device:
     return CPU
 
 
-def _patch_torch_cuda() -> None:
+def _patch_torch_cuda(megatron_random: Any) -> None:
     cuda: Any = torch.cuda
 
     def nothing(*_: Any, **__: Any) -> None: ...
@@ -90,11 +89,8 @@ def _patch_torch_cuda() -> None:
     cuda.stream = lambda _: contextlib.nullcontext()
     cuda.manual_seed = torch.default_generator.manual_seed
     cuda.get_rng_state, cuda.set_rng_state = get_rng_state, set_rng_state
-
-    from megatron.core.tensor_parallel import random as megatron_random
-
-    patched: Any = megatron_random
-    patched._get_cuda_rng_state, patched._set_cuda_rng_state = get_rng_state, set_rng_state
+    megatron_random._get_cuda_rng_state = get_rng_state
+    megatron_random._set_cuda_rng_state = set_rng_state
 
 
 def _patch_factories() -> None:
@@ -141,6 +137,7 @@ def install() -> None:
     if torch.cuda.is_available() or torch.cuda.current_device is _current_device:
         return
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's jit_fuser is torch.compile
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron warns where it is not
     _patch_factories()
     _patch_tensor()
     _patch_torch_cuda()
