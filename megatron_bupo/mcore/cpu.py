@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -136,11 +137,15 @@ def install() -> None:
     """
     if torch.cuda.is_available() or torch.cuda.current_device is _current_device:
         return
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's jit_fuser is torch.compile
+    # Before any name changes: Megatron imports torch._dynamo, which lists functions by identity.
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    dynamo: Any = torch._dynamo.config
+    dynamo.disable = True  # Megatron's jit_fuser is torch.compile: half a minute for each function
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron warns where it is not
     _patch_factories()
     _patch_tensor()
-    _patch_torch_cuda()
+    _patch_torch_cuda(megatron_random)
 
 
 def device() -> torch.device:
