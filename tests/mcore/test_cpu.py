@@ -63,6 +63,7 @@ def _on_the_cpu() -> dict[str, Any]:
         "type": torch.ones(1).type(),
         "same draws": torch.equal(first, torch.rand(2)),
         "on meta": _made_under_meta(),
+        "compiles": torch.compile(torch._dynamo.is_compiling)(),
     }
 
 
@@ -80,6 +81,7 @@ def test_cuda_means_the_cpu_and_all_else_means_what_it_did():
         "type": "torch.FloatTensor",  # only Megatron is told of CUDA
         "same draws": True,
         "on meta": "meta",
+        "compiles": False,  # Megatron fuses through torch.compile, which takes half a minute here
     }
 
 
