@@ -34,6 +34,8 @@ EXTRAS = {
     # NVIDIA's apex, which Megatron-Core uses where it finds it, comes with the NGC containers or
     # from source. PyPI's `apex` is an unrelated package: never depend on it.
     "gpu": ["transformer-engine[pytorch]"],
+    # other architectures than our own table's; it needs Transformer Engine, and transformers 4
+    "bridge": ["megatron-bridge>=0.3,<0.4", "transformers<5", "transformer-engine[pytorch]"],
     "sglang": ["sglang", "sglang-router"],
     # nemo-run does not import beside newer leptonai
     "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.47"],

@@ -197,6 +197,12 @@ def _interleaving_needs_a_pipeline(config: Config) -> None:
             "chunks are interleaved over pipeline stages, and parallel.pp=1",
             "set parallel.pp to 2 or more, or parallel.vpp=1",
         )
+    if config.parallel.vpp > 1 and config.megatron.get("deallocate_pipeline_outputs"):
+        raise InputError(
+            "megatron.deallocate_pipeline_outputs=true",
+            f"reports a wrong loss where chunks are interleaved (parallel.vpp={config.parallel.vpp})",
+            "remove it, or set parallel.vpp=1",
+        )
 
 
 def _sequence_parallelism_needs_tensor_parallelism(config: Config) -> None:
