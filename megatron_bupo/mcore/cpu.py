@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -75,8 +74,6 @@ def _current_device() -> torch.device:
 def _patch_torch_cuda(megatron_random: Any) -> None:
     cuda: Any = torch.cuda
 
-    def nothing(*_: Any, **__: Any) -> None: ...
-
     def get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
         return torch.get_rng_state()
 
@@ -84,9 +81,12 @@ def _patch_torch_cuda(megatron_random: Any) -> None:
         torch.set_rng_state(state)
 
     cuda.current_device = _current_device
-    cuda.synchronize = cuda.empty_cache = cuda.set_device = cuda.reset_peak_memory_stats = nothing
+    # A function of its own for every name: torch._dynamo refuses one object under two names.
+    for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"):
+        setattr(cuda, name, lambda *_, **__: None)
+    for name in ("current_stream", "default_stream"):
+        setattr(cuda, name, lambda *_, **__: _Stream())
     cuda.Stream = cuda.Event = _Stream
-    cuda.current_stream = cuda.default_stream = lambda *_, **__: _Stream()
     cuda.stream = lambda _: contextlib.nullcontext()
     cuda.manual_seed = torch.default_generator.manual_seed
     cuda.get_rng_state, cuda.set_rng_state = get_rng_state, set_rng_state
@@ -142,7 +142,6 @@ def install() -> None:
 
     dynamo: Any = torch._dynamo.config
     dynamo.disable = True  # Megatron's jit_fuser is torch.compile: half a minute for each function
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron warns where it is not
     _patch_factories()
     _patch_tensor()
     _patch_torch_cuda(megatron_random)

@@ -26,6 +26,8 @@ def initialize(layout: Layout, *, seed: int) -> None:
 
     Orders ranks tp-fastest, then dp, then pp, as Megatron does.
     """
+    # Megatron asks for it, so that tensor-parallel traffic overlaps; read when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.install()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
