@@ -4,8 +4,8 @@ Megatron-Core asks for CUDA in three ways: functions of `torch.cuda`, `device="c
 factory function, and methods of Tensor (`.cuda()`, and `.type()` compared with
 'torch.cuda.FloatTensor' in the optimizers). Each name is replaced by a thin function that answers
 for the CPU. Ordinary tensor operations are not touched: a TorchFunctionMode would do the same job
-but intercepts every call, which on small models costs more than the calls themselves
-(tools/bench_cpu_shim.py measures both).
+but intercepts every call of torch, which adds about a tenth to a step of the demo
+(tools/bench_cpu_shim.py measures it).
 
 `install()` does nothing at all where `torch.cuda.is_available()`.
 """
