@@ -200,7 +200,7 @@ def _interleaving_needs_a_pipeline(config: Config) -> None:
     if config.parallel.vpp > 1 and config.megatron.get("deallocate_pipeline_outputs"):
         raise InputError(
             "megatron.deallocate_pipeline_outputs=true",
-            f"reports a wrong loss where chunks are interleaved (parallel.vpp={config.parallel.vpp})",
+            f"reports a wrong loss where parallel.vpp={config.parallel.vpp} interleaves chunks",
             "remove it, or set parallel.vpp=1",
         )
 

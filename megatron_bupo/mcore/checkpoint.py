@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_bupo import checkpoints
@@ -141,22 +142,25 @@ def _write_here(
 
 @contextmanager
 def _writing_in_this_process() -> Iterator[None]:
-    """Megatron-Core before 0.18 writes from forked processes and collects through a manager
-    process.
+    """Megatron-Core collects what was written through a manager process, and before 0.18 writes
+    from forked ones.
 
     The manager outlives a killed rank and holds its output pipes open for ever; forks of a process
-    that has gloo threads are a gamble. Saves here are synchronous, so both are replaced by plain
-    calls.
+    that has gloo threads are a gamble. Saves here are synchronous, so plain calls do.
     """
-    patched: Any = filesystem_async
-    if not hasattr(patched, "_get_write_results_queue"):
-        yield
-        return
-    writer = patched.FileSystemWriterAsync
-    before = patched._get_write_results_queue, writer.__dict__["write_preloaded_data_multiproc"]
-    patched._get_write_results_queue = queue.Queue
-    writer.write_preloaded_data_multiproc = staticmethod(_write_here)
+    writer: Any = filesystem_async.FileSystemWriterAsync
+    wanted = [  # as 0.16 and as 0.19 call them
+        (filesystem_async, "_get_write_results_queue", queue.Queue),
+        (filesystem_async, "get_write_results_queue", queue.Queue),
+        (writer, "write_preloaded_data_multiproc", staticmethod(_write_here)),
+        (torch_strategy, "_logged_mcore_async_deprecation", True),  # of asynchronous saves
+    ]
+    before = [(owner, name, vars(owner)[name]) for owner, name, _ in wanted if name in vars(owner)]
+    for owner, name, value in wanted:
+        if name in vars(owner):
+            setattr(owner, name, value)
     try:
         yield
     finally:
-        patched._get_write_results_queue, writer.write_preloaded_data_multiproc = before
+        for owner, name, value in before:
+            setattr(owner, name, value)

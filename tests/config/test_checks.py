@@ -118,7 +118,7 @@ def test_every_choice_and_range_is_a_key_of_the_schema():
         ("parallel.vpp=2", "parallel.vpp=2: chunks are interleaved over pipeline stages, and "),
         (
             "parallel.pp=2 and parallel.vpp=2 and megatron.deallocate_pipeline_outputs=true",
-            "megatron.deallocate_pipeline_outputs=true: reports a wrong loss where chunks are ",
+            "megatron.deallocate_pipeline_outputs=true: reports a wrong loss where parallel.vpp=2 ",
         ),
         ("parallel.sp=true", "parallel.sp=true: splits sequences over the tensor-parallel ranks"),
         (
