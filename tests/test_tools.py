@@ -1,0 +1,118 @@
+"""The benchmarks run, and write what they promise. How fast anything is, no test asks."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_bupo.config.layout import Layout
+
+TINY = ["--layers=4", "--hidden=16", "--ffn=24", "--heads=2", "--kv-heads=2", "--vocab=32"]
+TINY += ["--responses=4", "--prompt-tokens=3", "--response-tokens=5", "--microbatch=2"]
+
+
+def _json_of(main: Callable[[list[str]], None], out: Path, *options: str) -> dict[str, Any]:
+    """What a tool writes, run in its own process: it joins process groups and patches torch."""
+    argv = [*options, "--json", str(out)]
+    process = multiprocessing.get_context("fork").Process(target=main, args=(argv,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's files with a base model that has hardly learned."""
+    from megatron_bupo.bed.prepare import make_bed
+
+    directory = tmp_path_factory.mktemp("tools") / "bed"
+    make_bed(directory, steps=2)
+    return directory
+
+
+@pytest.mark.parametrize("layout", [(), ("--pp=2",), ("--tp=2", "parallel.dp=1")])
+def test_phase_cost_writes_a_row_per_depth_relative_to_the_full_one(
+    tmp_path: Path, layout: tuple[str, ...]
+):
+    from tools.bench_phase_cost import main
+
+    report = _json_of(main, tmp_path / "cost.json", *TINY, "--repeats=1", *layout)
+    rows = report["rows"]
+    assert report["layers"] == 4
+    assert [row["layer"] for row in rows] == [2, 4]  # 2 is also half
+    for ms, ratio in {
+        "forward_backward_ms": "time_ratio",
+        "old_logprobs_ms": "old_logprobs_ratio",
+        "update_ms": "update_ratio",
+        "optimizer_ms": "optimizer_ratio",
+        "sync_ms": "sync_ratio",
+    }.items():
+        assert rows[-1][ratio] == 1.0
+        assert rows[0][ratio] == pytest.approx(rows[0][ms] / rows[-1][ms])
+        assert all(row[ms] > 0 for row in rows)
+    for row in rows:  # of one repeat, so its parts are those of one update
+        parts = row["forward_backward_ms"] + row["optimizer_ms"]
+        assert parts >= row["update_ms"] - 1e-6  # of the slowest rank each
+        assert row["forward_backward_ms"] <= row["update_ms"]
+
+
+@pytest.mark.parametrize(("layers", "depths"), [(12, [2, 6, 12]), (3, [1, 2, 3]), (1, [1])])
+def test_phase_cost_looks_at_two_half_and_all_of_the_layers(layers: int, depths: list[int]):
+    from tools.bench_phase_cost import Shape
+
+    assert Shape(layers=layers).depths == depths
+
+
+def test_phase_cost_names_what_is_above_its_share_and_nothing_else():
+    from tools.bench_phase_cost import COLUMNS, explanations, with_ratios
+
+    def row(layer: int, **slow: float) -> dict[str, Any]:
+        parts = ("unembedding_ms", "zero_grads_ms", "reduce_grads_ms")
+        times = {ms: 1.0 + layer for ms, _ in COLUMNS.values()}
+        return {"layer": layer} | times | dict.fromkeys(parts, 1.0) | slow
+
+    one, two = Layout(1, 1, 1, 1, 1), Layout(1, 2, 1, 1, 2)
+    in_proportion = with_ratios([row(2), row(6), row(12)], 12)
+    assert explanations(in_proportion, 12, one) == []
+    slow = with_ratios([row(2), row(6, optimizer_ms=12.0), row(12)], 12)
+    first, *_ = lines = explanations(slow, 12, one)
+    assert first == "Layer 6 is above 0.67: optimizer 0.92."
+    assert explanations(slow, 12, two)[: len(lines)] == lines
+    assert "first 6 layers" in explanations(slow, 12, two)[-1]
+
+
+@pytest.mark.slow
+def test_the_cpu_shim_is_compared_with_a_function_mode_and_with_transformers(
+    tmp_path: Path, bed: Path
+):
+    from tools.bench_cpu_shim import BED_STEP, MODE, NAMES, PLAIN, main
+
+    report = _json_of(main, tmp_path / "shim.json", "--repeats=1", f"--bed={bed}")
+    rows = {row["what"]: row for row in report["rows"]}
+    for what, row in rows.items():
+        kinds = {NAMES, MODE} if what == BED_STEP else {NAMES, MODE, PLAIN}
+        assert row["ms"].keys() == row["ratio"].keys() == kinds
+        assert row["ratio"][NAMES] == 1.0
+        assert row["ratio"][MODE] == pytest.approx(row["ms"][MODE] / row["ms"][NAMES])
+
+
+@pytest.mark.slow
+def test_a_step_is_taken_apart_under_each_layout_in_each_phase(tmp_path: Path, bed: Path):
+    from tools.bench_step import LAYOUTS, PARTS, main
+
+    options = ("--rounds=1", "--steps=1", f"--bed={bed}")
+    rows = _json_of(main, tmp_path / "step.json", *options)["rows"]
+    told = [(row["policy"], row["layout"]) for row in rows]
+    assert sorted(told) == sorted(
+        (p, name) for p in ("internal layer 5", "full") for name in LAYOUTS
+    )
+    for row in rows:
+        parts = sum(row[f"{part}_ms"] for part in (*PARTS, "rest"))
+        assert row["step_ms"] == pytest.approx(parts)
+        assert row["cpu_ms"] > 0
