@@ -88,14 +88,25 @@ def _there_and_back(model_dir: Path, config: Config, run_dir: Path) -> list[Cour
     return [whole, *(_resumed(model_dir, config, run_dir, step) for step in SAVED)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("ranks", "layout"),
+    ("ranks", "layout", "dtype"),
     [
-        pytest.param(1, {}, id="one rank"),
-        pytest.param(2, {"pp": 2}, id="PP2"),
-        pytest.param(4, DIST_OPT, id="TP2 DP2 distributed optimizer"),
-        pytest.param(2, {"pp": 2, "vpp": 2}, id="VPP2 PP2"),
+        pytest.param(1, {}, "float32", id="one rank, float32"),
+        pytest.param(1, {}, "bfloat16", id="one rank, bfloat16", marks=pytest.mark.slow),
+        pytest.param(2, {"pp": 2}, "float32", id="PP2, float32", marks=pytest.mark.slow),
+        pytest.param(2, {"pp": 2}, "bfloat16", id="PP2, bfloat16"),
+        pytest.param(4, DIST_OPT, "float32", id="TP2 DP2 distributed optimizer, float32"),
+        pytest.param(
+            4,
+            DIST_OPT,
+            "bfloat16",
+            id="TP2 DP2 distributed optimizer, bfloat16",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(2, {"pp": 2, "vpp": 2}, "float32", id="VPP2 PP2, float32"),
+        pytest.param(
+            2, {"pp": 2, "vpp": 2}, "bfloat16", id="VPP2 PP2, bfloat16", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
@@ -160,7 +171,7 @@ def _change(name: str, before: Any, after: Any, *, slow: bool = True) -> Any:
         ),
     ],
 )
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_another_layout_takes_over_where_the_first_one_stopped(
     before: tuple[int, dict[str, Any]],
     after: tuple[int, dict[str, Any]],

@@ -43,7 +43,13 @@ pytestmark = pytest.mark.parity
 _COMMON = {"vocab": 67, "scale": 0.12}
 QWEN2 = _COMMON | {"family": "qwen2"}
 QWEN3 = _COMMON | {"family": "qwen3", "head_dim": 12}
-LLAMA = _COMMON | {"family": "llama", "rope": LLAMA3_ROPE, "heads": 8, "kv_heads": 4}
+LLAMA = _COMMON | {
+    "family": "llama",
+    "rope": LLAMA3_ROPE,  # of 8 frequencies one is kept, one blended, the others are divided
+    "heads": 8,
+    "kv_heads": 4,
+    "head_dim": 16,
+}
 TIED = {"tied": True}
 RECOMPUTE = {
     "recompute_granularity": "full",
