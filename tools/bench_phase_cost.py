@@ -144,16 +144,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def measure(ready: Preflight, shape: Shape, repeats: int, out: Path) -> None:
     """Medians of all times at each depth, as rows in `out`. Every rank runs this."""
     torch.set_num_threads(1)  # of the CPU: threads that wait for a busy core would tell of others
-    parallel.initialize(ready.layout, seed=0)
-    try:
+    with parallel.joined(ready.layout, seed=0):
         with ExitStack() as files:
             index = read_index(ready.config.model.path)
             trainer = MegatronTrainer(ready.architecture, ready.config, slice_opener(index, files))
         rows = time_depths(trainer, shape, repeats, ready.layout)
         if dist.get_rank() == 0:
             out.write_text(json.dumps(rows))
-    finally:
-        parallel.shutdown()
 
 
 def time_depths(
