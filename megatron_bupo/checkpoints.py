@@ -39,9 +39,12 @@ def partial_path(run_dir: Path, step: int) -> Path:
 
 
 def begin(run_dir: Path, step: int) -> None:
-    """Make the empty directory that the state before `step` is written to."""
+    """Make the empty directory that the state before `step` is written to; what killed runs left
+    of others goes.
+    """
     work = partial_path(run_dir, step)
-    shutil.rmtree(work, ignore_errors=True)
+    for left in work.parent.glob(".step_*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
     work.mkdir(parents=True)
 
 
@@ -61,8 +64,9 @@ def seal(run_dir: Path, step: int, run: Mapping[str, Any]) -> None:
 
 def drop_old(run_dir: Path, *, keep: int) -> None:
     """Remove all but the `keep` newest whole checkpoints."""
-    for _, path in whole_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+    for step, path in whole_checkpoints(run_dir)[:-keep]:
+        half = path.rename(partial_path(run_dir, step))  # a kill now leaves no damaged checkpoint
+        shutil.rmtree(half, ignore_errors=True)
 
 
 def whole_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:

@@ -12,6 +12,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from typing import Any, NoReturn
 from megatron_bupo.errors import InputError
 
 PR_SET_PDEATHSIG = 1
+HOST = "127.0.0.1"
 
 
 class RankFailed(RuntimeError):
@@ -78,16 +80,17 @@ def _run_local(function: Callable[..., None], world_size: int, args: tuple[Any, 
     import torch
     import torch.distributed as dist
 
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    listener = socket.create_server((HOST, 0))
+    port = listener.getsockname()[1]
     environment = {
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # ranks join this store: no race for a free port
     }
     if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+        environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     processes: dict[Connection, Any] = {}
     try:
@@ -102,6 +105,11 @@ def _run_local(function: Callable[..., None], world_size: int, args: tuple[Any, 
             process.start()
             theirs.close()  # the rank has the only one: its end, however it comes, ends the pipe
             processes[ours] = process
+        # Now, not before: it runs a thread, and a fork beside a thread that holds a lock is a rank
+        # that waits for that lock for ever. Ranks that were faster wait in the socket's queue.
+        _store = dist.TCPStore(
+            HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
         _wait_for(processes)
     finally:
         for process in processes.values():
