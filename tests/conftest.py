@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.runs import Bed, make_bed
 from tests.tiny_models import make_tiny_model
 
 torch.set_num_threads(1)
@@ -42,3 +43,17 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
         return made[key]
 
     return model_dir
+
+
+@pytest.fixture(scope="session")
+def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
+    """What the tests of whole runs train on, made once."""
+    return make_bed(tmp_path_factory.mktemp("bed"))
+
+
+@pytest.fixture(scope="session")
+def finished(bed: Bed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of `bed.settings` that nothing has disturbed. To be read only."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    bed.train(run_dir)
+    return run_dir

@@ -67,6 +67,8 @@ def run_ranks(function: Callable[..., None], world_size: int, *args: Any) -> Non
         KeyboardInterrupt, Terminated: this process was told to stop.
     """
     if under_torchrun():  # which ends its ranks by SIGTERM, and they had better obey at once
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # but killed itself leaves them behind
+            die_with_parent(os.getppid())
         function(*args)
         return
     with _terminable():

@@ -1,0 +1,269 @@
+"""A run that is killed, at whatever moment, and started again is the run that nothing disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.runs import Bed, Running, metrics, run, start, start_python
+
+LIMIT_S = 30
+
+
+def wait_until(holds: Callable[[], object], running: Running) -> None:
+    """Poll until `holds()`, which is to happen while `running` runs."""
+    deadline = time.monotonic() + LIMIT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        assert psutil.Process(running.pid).status() != psutil.STATUS_ZOMBIE, running.wait()
+        time.sleep(0.001)
+
+
+def assert_same_run(run_dir: Path, undisturbed: Path) -> None:
+    assert metrics(run_dir) == metrics(undisturbed)
+    one, other = (load_file(d / "hf" / "model.safetensors") for d in (run_dir, undisturbed))
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def steps_trained(out: str) -> list[int]:
+    """The steps that a run's output tells of, counted from 1 as it does."""
+    lines = [line.split()[1] for line in out.splitlines() if line.startswith("step ")]
+    return [int(word.partition("/")[0]) for word in lines]
+
+
+@pytest.fixture
+def stopped(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run as it stood after five of its six steps."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "checkpoints" / "step_000006")
+    shutil.rmtree(copy / "hf")
+    return copy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_launcher_killed_at_random_moments(bed: Bed, finished: Path, tmp_path: Path, seed: int):
+    rng = random.Random(seed)
+    for _ in range(4):
+        running = start("train", *bed.settings(tmp_path))
+        time.sleep(rng.uniform(0.3, 2.0))
+        running.kill()
+    done = run("train", *bed.settings(tmp_path))
+    assert done.code == 0, done.err
+    assert_same_run(tmp_path, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_at_random_moments(bed: Bed, finished: Path, tmp_path: Path, victim: int):
+    rng = random.Random(victim)
+    for _ in range(3):
+        running = start("train", *bed.settings(tmp_path))
+        wait_until(lambda running=running: len(running.ranks()) == 2, running)
+        time.sleep(rng.uniform(0.0, 1.5))
+        if len(ranks := running.ranks()) == 2:
+            ranks[victim].kill()
+        done = running.wait()
+        assert done.code == 1, done
+        first, last = done.err.splitlines()
+        assert first == f"error: rank {victim} was killed by SIGKILL"
+        assert last.startswith("stopped")
+    done = run("train", *bed.settings(tmp_path))
+    assert done.code == 0, done.err
+    assert_same_run(tmp_path, finished)
+
+
+@pytest.mark.slow
+def test_torchrun_killed_leaves_no_rank_and_local_ranks_go_on(
+    bed: Bed, finished: Path, tmp_path: Path
+):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["-m", "megatron_bupo", "train", *bed.settings(tmp_path)]
+    running = start_python(*torchrun, *command)
+    wait_until((tmp_path / "checkpoints" / "step_000002").exists, running)
+    running.kill()
+    done = run("train", *bed.settings(tmp_path))
+    assert done.code == 0, done.err
+    assert "resuming at step " in done.out
+    assert_same_run(tmp_path, finished)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_run_killed_while_it_writes_a_checkpoint(
+    bed: Bed, finished: Path, tmp_path: Path, step: int
+):
+    partial = tmp_path / "checkpoints" / f".step_{step:06d}.partial"
+    running = start("train", *bed.settings(tmp_path))
+    wait_until(lambda: partial.exists() and any(partial.iterdir()), running)
+    running.kill()
+    assert partial.exists()
+    done = run("train", *bed.settings(tmp_path))
+    assert done.code == 0, done.err
+    assert steps_trained(done.out) == [*range(step, 7)]
+    assert_same_run(tmp_path, finished)
+    assert not list(tmp_path.glob("checkpoints/.*"))
+
+
+def test_what_killed_runs_leave_is_not_taken_for_a_checkpoint(
+    bed: Bed, finished: Path, stopped: Path
+):
+    whole = stopped / "checkpoints" / "step_000005"
+    shutil.copytree(whole, stopped / "checkpoints" / ".step_000006.partial")
+    damaged = stopped / "checkpoints" / "step_000099"
+    shutil.copytree(whole, damaged)
+    largest = max(damaged.iterdir(), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    with (stopped / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "policy": "fu')
+    done = run("train", *bed.settings(stopped))
+    assert done.code == 0, done.err
+    assert f"passing over {damaged}: not whole\nresuming at step 5 from {whole}\n" in done.out
+    assert_same_run(stopped, finished)
+
+
+def test_a_run_without_any_whole_checkpoint_is_refused(bed: Bed, stopped: Path):
+    path = stopped / "checkpoints" / "step_000005"
+    (path / "run.json").unlink()
+    done = run("train", *bed.settings(stopped))
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"error: {path}: is damaged, and the run has no other checkpoint; ")
+    assert done.err.count("\n") == 1
+
+
+def test_a_run_that_stopped_before_its_last_export_makes_it(
+    bed: Bed, finished: Path, tmp_path: Path
+):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "hf")
+    done = run("train", *bed.settings(tmp_path / "run"))
+    assert done.code == 0, done.err
+    assert steps_trained(done.out) == []
+    assert "\n6 steps of BuPO over 2 processes" in done.out
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_a_run_may_be_extended(bed: Bed, finished: Path, tmp_path: Path):
+    bed.train(tmp_path, "steps=4")
+    done = run("train", *bed.settings(tmp_path))
+    assert "changed since: steps was 4, is 6\n" in done.out
+    assert steps_trained(done.out) == [5, 6]
+    assert_same_run(tmp_path, finished)
+
+
+def test_a_resumed_run_says_which_settings_have_changed(bed: Bed, stopped: Path):
+    changed = ["optimizer.lr=1e-5", "bupo.internal_steps=2", "megatron.recompute_granularity=full",
+               "megatron.recompute_method=uniform", "megatron.recompute_num_layers=1"]  # fmt: skip
+    done = run("train", *bed.settings(stopped, *changed))
+    assert done.code == 0, done.err
+    told = [line for line in done.out.splitlines() if line.startswith("changed since: ")]
+    assert [line for line in told if " run_dir " not in line] == [
+        "changed since: bupo.internal_steps was 3, is 2",
+        "changed since: optimizer.lr was 0.0005, is 1e-05",
+        'changed since: megatron.recompute_granularity was not set, is "full"',
+        'changed since: megatron.recompute_method was not set, is "uniform"',
+        "changed since: megatron.recompute_num_layers was not set, is 1",
+    ]
+    assert metrics(stopped)[5]["update/learning_rate"] == 1e-5
+
+
+@pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.dp=2", "parallel.vpp=1"])
+def test_a_run_goes_on_under_another_layout(bed: Bed, finished: Path, stopped: Path, layout: str):
+    done = run("train", *bed.settings(stopped, "parallel.pp=1", layout))
+    assert done.code == 0, done.err
+    last, undisturbed = metrics(stopped)[5], metrics(finished)[5]
+    assert last.pop("policy") == undisturbed.pop("policy")
+    assert last == pytest.approx(undisturbed, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "was"),
+    [
+        ("parallel.distributed_optimizer=true", "parallel.distributed_optimizer=false"),
+        ("model.dtype=bfloat16", "model.dtype=float32"),
+    ],
+)
+def test_settings_that_a_checkpoint_cannot_follow_are_refused(
+    bed: Bed, stopped: Path, change: str, was: str
+):
+    done = run("train", *bed.settings(stopped, change))
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        f"error: {change}: {stopped / 'checkpoints' / 'step_000005'} holds the state of an "
+        f"optimizer with {was}, which does not fit; set {was}, or choose another run_dir\n"
+    )
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    bed: Bed, stopped: Path, tiny_model_dir: Callable[..., Path]
+):
+    other = tiny_model_dir(layers=8)
+    named = [f"model.path={other}", f"model.tokenizer={bed.folder / 'model'}"]
+    done = run("train", *bed.settings(stopped, *named))
+    assert (done.code, done.out) == (2, "")
+    path = stopped / "checkpoints" / "step_000005"
+    assert done.err.startswith(f"error: model.path={other}: is a model with layers=8, but {path} ")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.slow  # it has ten seconds' patience
+def test_a_directory_that_a_run_is_using_is_refused(bed: Bed, finished: Path, tmp_path: Path):
+    running = start("train", *bed.settings(tmp_path, "steps=1000"))
+    wait_until((tmp_path / "metrics.jsonl").exists, running)
+    done = run("train", *bed.settings(tmp_path))
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        f"error: run_dir={tmp_path}: another run is writing to it (process {running.pid}); "
+        "wait for it, end it, or choose another run_dir\n"
+    )
+    assert running.kill().err == ""
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_told_to_stop_says_how_to_go_on(
+    bed: Bed, tmp_path: Path, world: int, number: signal.Signals, code: int
+):
+    running = start("train", *bed.settings(tmp_path, "steps=1000", f"parallel.pp={world}"))
+    wait_until((tmp_path / "checkpoints" / "step_000002").exists, running)
+    graders = [p for p in running.processes() if "rewards.worker" in " ".join(p.cmdline())]
+    assert len(graders) == world
+    os.kill(running.pid, number)
+    done = running.wait(timeout_s=8)
+    assert done.code == code
+    newest = max(path.name for path in tmp_path.glob("checkpoints/step_*"))
+    step = json.loads((tmp_path / "checkpoints" / newest / "run.json").read_text())["step"]
+    assert done.err == f"stopped; the same command goes on at step {step}\n"
+
+
+def test_a_run_that_is_told_to_stop_before_its_first_checkpoint_says_so(bed: Bed, tmp_path: Path):
+    running = start("train", *bed.settings(tmp_path, "checkpoint.every=1000"))
+    wait_until((tmp_path / "metrics.jsonl").exists, running)
+    os.kill(running.pid, signal.SIGTERM)
+    done = running.wait(timeout_s=8)
+    assert done.err == "stopped before the first checkpoint; the same command starts anew\n"
+
+
+def test_a_grader_that_is_killed_does_not_stop_the_run(bed: Bed, finished: Path, tmp_path: Path):
+    running = start("train", *bed.settings(tmp_path))
+    wait_until((tmp_path / "checkpoints" / "step_000001").exists, running)
+    graders = [p for p in running.processes() if "rewards.worker" in " ".join(p.cmdline())]
+    for grader in graders:
+        grader.kill()
+    done = running.wait()
+    assert done.code == 0, done.err
+    assert steps_trained(done.out) == [1, 2, 3, 4, 5, 6]
+    lost = sum(line["rollout/reward_warnings"] for line in metrics(tmp_path))
+    assert lost <= len(graders)
