@@ -48,7 +48,8 @@ def _run(main: Callable[[list[str]], object], argv: list[str], out: Path) -> str
 def _on(bed: Path, run_dir: Path, *overrides: str) -> list[str]:
     """Settings of a run of a few steps on `bed`."""
     paths = [f"model.path={bed}/model", f"data.train={bed}/train.jsonl", f"run_dir={run_dir}"]
-    return [*paths, "prepare=null", "evaluation.every=0", "logging.tensorboard=false", *overrides]
+    off = ["prepare=null", "data.eval=null", "evaluation.every=0", "logging.tensorboard=false"]
+    return [*paths, *off, *overrides]
 
 
 REWARD = f"{EXAMPLES}/custom_reward.py:shown_work"

@@ -173,7 +173,8 @@ def megatron_work(kind: str, bed: Path, run_dir: Path, stack: ExitStack) -> Work
         stack.enter_context(CudaOnCpu())
     layout = ("parallel.pp=1", "trainer.microbatch_size=64", "bupo.internal_steps=0")
     paths = (f"model.path={bed}/model", f"data.train={bed}/train.jsonl", "prepare=null")
-    quiet = ("evaluation.every=0", "logging.tensorboard=false", f"run_dir={run_dir}")
+    quiet = ("evaluation.every=0", "logging.tensorboard=false", "data.eval=null")
+    quiet += (f"run_dir={run_dir}",)
     run = build(preflight(load_config(str(DEMO), [*layout, *paths, *quiet]), None))
     stack.push(run)
     (gpt,) = run.trainer.gpt_chunks

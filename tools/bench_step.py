@@ -90,7 +90,7 @@ def timed_steps(
     in_each_phase = WARM_UP + args.steps
     schedule = (f"bupo.internal_steps={in_each_phase}", f"steps={2 * in_each_phase}")
     paths = (f"model.path={args.bed}/model", f"data.train={args.bed}/train.jsonl", "prepare=null")
-    own = ("evaluation.every=0", f"run_dir={run_dir}")
+    own = ("data.eval=null", "evaluation.every=0", f"run_dir={run_dir}")
     config = load_config(str(DEMO), [*layout, *schedule, *paths, *own, *args.overrides])
     ready, cpu_file = preflight(config, None), run_dir.with_suffix(".json")
     # Not in this process, even one rank: the next layout must fork from a clean one.
