@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_bupo.config import load_config
-from tests.runs import ROOT, Bed, metrics, run, run_python
+from tests.runs import ROOT, Bed, Done, metrics, run, run_python, start
 
 INTERNAL_ONLY = {"entropy/internal_nats"}
 EVERY_STEP = {
@@ -190,6 +191,18 @@ def test_a_reward_function_that_raises_hangs_or_crashes_costs_its_rollout_and_is
     failed = sum(kind in {1, 2, 3} for kind in kinds)
     assert sum(line["rollout/reward_warnings"] for line in lines) == failed
     assert sum(line["rollout/reward_mean"] for line in lines) * 16 == len(kinds) - failed
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_goes_on_when_nobody_reads_its_output(bed: Bed, tmp_path: Path, world: int):
+    running = start("train", *bed.settings(tmp_path, "steps=3", *SHORT, f"parallel.pp={world}"))
+    assert os.read(running.pipes[0], 4) == b"step"
+    os.close(running.pipes[0])
+    at_its_end, write = os.pipe()
+    os.close(write)
+    running.pipes = at_its_end, running.pipes[1]
+    assert running.wait() == Done(code=0, out="", err="")
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 1, 2]
 
 
 def test_bad_input_that_only_a_rank_sees_is_still_one_line_and_code_2(bed: Bed, tmp_path: Path):

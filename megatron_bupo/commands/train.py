@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -44,6 +45,8 @@ def run(args: Namespace) -> None:
             run_ranks(train, layout.world, ready)
         except (KeyboardInterrupt, Terminated, RankFailed) as error:
             error.add_note(way_on(run_dir))
+            if sys.stdout.isatty():
+                print()  # the cursor is still in the panel of a rank that is no more
             raise
 
 

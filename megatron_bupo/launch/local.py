@@ -155,9 +155,10 @@ def _rank_main(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends its ranks
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(environment)
-    import torch
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(environment["WORLD_SIZE"])))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(environment["WORLD_SIZE"])))
     try:
         function(*args)
     except BaseException as error:

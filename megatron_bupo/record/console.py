@@ -12,6 +12,8 @@ entropy of the full policy, H_6 that of internal layer 6's.
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -39,6 +41,14 @@ TREND_STEPS = 32  # how far back the sparklines look
 _BARS = "▁▂▃▄▅▆▇█"
 
 
+class _Console(Console):
+    """A console that nobody has to read: `train | head` ends the reading, not the run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Display:
     """The run as it goes; a context manager. Ranks that are not to speak say `on=False`."""
 
@@ -55,7 +65,7 @@ class Display:
         """`history`: records of earlier steps, on resume. `live=False`: lines in terminals too."""
         self._steps, self._title, self._records = steps, title, list(history)
         self._on = on
-        self._console = console or Console(highlight=False)
+        self._console = console or _Console(highlight=False)
         self._activity, self._since, self._start = "", time.monotonic(), time.monotonic()
         self._resumed_at = len(self._records)
         self._policy = ""
