@@ -9,12 +9,10 @@ optimizer.
 At a phase switch layers begin to train whose Adam state lags behind; `optimizer_at_switch` says
 what happens:
 
-    per_layer_step  each layer's bias correction counts that layer's own updates (what the authors'
-    FSDP1
-                    code does: parameters without a gradient are skipped, step counter included)
+    per_layer_step  each layer's bias correction counts that layer's own updates (as the authors'
+                    FSDP1 code does: without a gradient, no step, and no step counted)
     common_step     one counter for all: the layers that begin take it over with moments of zero, so
-    their
-                    first updates are too large by up to (1 - beta1) / sqrt(1 - beta2)
+                    their first updates are too large by up to (1 - beta1) / sqrt(1 - beta2)
     reset           all moments and counters start anew, also those of the layers that did train
 """
 
