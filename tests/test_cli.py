@@ -54,9 +54,9 @@ BAD_INPUT: dict[str, tuple[str, Callable[[RunFiles], None], str]] = {
         "bupo.target_layer=4: is the last layer of a 4-layer model, whose policy is the full ",
     ),
     "batch that does not divide": (
-        "trainer.microbatch_size=7",
+        "algorithm.minibatches=7",
         break_nothing,
-        "trainer.microbatch_size=7: a minibatch has 256 responses (",
+        "rollout.prompts_per_step=128: does not divide into algorithm.minibatches=7; choose ",
     ),
     "pipeline that does not divide": (
         "parallel.pp=3",

@@ -18,11 +18,11 @@ def group_relative_advantages(rewards: Tensor, *, normalize_by_std: bool = True)
         raise ValueError(
             f"need [prompts, responses_per_prompt >= 2] rewards, not {list(rewards.shape)}"
         )
-    rewards = rewards.float()
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    if not normalize_by_std:
-        return centred
-    return centred / (rewards.std(dim=1, keepdim=True) + STD_FLOOR)
+    exact = rewards.double()  # in fp32, rewards close together would lose digits to their mean
+    centred = exact - exact.mean(dim=1, keepdim=True)
+    if normalize_by_std:
+        centred /= exact.std(dim=1, keepdim=True) + STD_FLOOR
+    return centred.float()
 
 
 def signal_fraction(rewards: Tensor) -> float:

@@ -10,11 +10,15 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
-from typing import Protocol
 
-from megatron_bupo.config.layout import Layout, check_layers_divide, parallel_sizes
+from megatron_bupo.config.layout import Layout, parallel_sizes
 from megatron_bupo.config.load import flatten
 from megatron_bupo.config.native_keys import refuse_owned_keys
+from megatron_bupo.config.parallel_rules import (
+    ModelSizes,
+    check_parallel,
+    check_parallel_against_model,
+)
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
 
@@ -59,21 +63,6 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 )
 
 
-class ModelSizes(Protocol):
-    """The part of `hf.architecture.Architecture` that is checked; config does not import hf."""
-
-    @property
-    def layers(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def ffn_size(self) -> int: ...
-    @property
-    def max_positions(self) -> int: ...
-
-
 def check(config: Config, world_size: int | None, *, training: bool = True) -> Layout:
     """All rules that need no files; the layout over `world_size` ranks (None: no torchrun)."""
     _choices_are_known(config)
@@ -83,21 +72,19 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     _groups_can_be_compared(config)
     _schedule_is_one_of_two_kinds(config)
     _stages_go_bottom_up(config)
-    _interleaving_needs_a_pipeline(config)
-    _sequence_parallelism_needs_tensor_parallelism(config)
+    check_parallel(config)
     _evaluation_has_data(config)
     refuse_owned_keys(config.megatron)
     layout = parallel_sizes(config, world_size)
     if training:
-        _batch_divides(config, layout)
+        _minibatches_divide(config)
     return layout
 
 
 def check_against_model(config: Config, model: ModelSizes, *, training: bool = True) -> None:
     """The rules that need the model's sizes; scoring (not `training`) samples no responses."""
     _layers_are_internal(config, model.layers)
-    check_layers_divide(model.layers, config)
-    _tensor_parallelism_divides(config, model)
+    check_parallel_against_model(config, model)
     if training:
         _sequences_fit(config, model)
 
@@ -190,30 +177,6 @@ def _stages_go_bottom_up(config: Config) -> None:
         below = stage.layer
 
 
-def _interleaving_needs_a_pipeline(config: Config) -> None:
-    if config.parallel.vpp > 1 and config.parallel.pp == 1:
-        raise InputError(
-            f"parallel.vpp={config.parallel.vpp}",
-            "chunks are interleaved over pipeline stages, and parallel.pp=1",
-            "set parallel.pp to 2 or more, or parallel.vpp=1",
-        )
-    if config.parallel.vpp > 1 and config.megatron.get("deallocate_pipeline_outputs"):
-        raise InputError(
-            "megatron.deallocate_pipeline_outputs=true",
-            f"reports a wrong loss where parallel.vpp={config.parallel.vpp} interleaves chunks",
-            "remove it, or set parallel.vpp=1",
-        )
-
-
-def _sequence_parallelism_needs_tensor_parallelism(config: Config) -> None:
-    if config.parallel.sp and config.parallel.tp == 1:
-        raise InputError(
-            "parallel.sp=true",
-            "splits sequences over the tensor-parallel ranks, and parallel.tp=1",
-            "set parallel.tp to 2 or more, or parallel.sp=false",
-        )
-
-
 def _evaluation_has_data(config: Config) -> None:
     if config.evaluation.every and config.data.eval is None:
         raise InputError(
@@ -223,39 +186,15 @@ def _evaluation_has_data(config: Config) -> None:
         )
 
 
-def _batch_divides(config: Config, layout: Layout) -> None:
-    """A step's responses split evenly into minibatches, ranks and microbatches."""
+def _minibatches_divide(config: Config) -> None:
+    """A step's prompts split evenly into minibatches; ranks and micro-batches take any number."""
     prompts, minibatches = config.rollout.prompts_per_step, config.algorithm.minibatches
     if prompts % minibatches:
         raise InputError(
             f"rollout.prompts_per_step={prompts}",
             f"does not divide into algorithm.minibatches={minibatches}",
-            f"choose rollout.prompts_per_step={_next_multiple(prompts, minibatches)}",
+            f"choose rollout.prompts_per_step={-(-prompts // minibatches) * minibatches}",
         )
-    responses = prompts * config.rollout.responses_per_prompt // minibatches
-    microbatch = config.trainer.microbatch_size
-    if responses % (layout.dp * microbatch) == 0:
-        return
-    if responses % layout.dp == 0:
-        share = responses // layout.dp
-        fits = next(size for size in range(min(share, microbatch), 0, -1) if share % size == 0)
-        way_out = f"choose trainer.microbatch_size={fits}"
-    else:
-        per_prompt = config.rollout.responses_per_prompt
-        unit = math.lcm(per_prompt, layout.dp * microbatch) // per_prompt * minibatches
-        way_out = f"choose rollout.prompts_per_step={_next_multiple(prompts, unit)}"
-    raise InputError(
-        f"trainer.microbatch_size={microbatch}",
-        f"a minibatch has {responses} responses (rollout.prompts_per_step={prompts} x "
-        f"rollout.responses_per_prompt={config.rollout.responses_per_prompt} / "
-        f"algorithm.minibatches={minibatches}), which {layout.dp} data-parallel ranks x "
-        f"{microbatch} do not divide",
-        way_out,
-    )
-
-
-def _next_multiple(number: int, of: int) -> int:
-    return -(-number // of) * of
 
 
 def _layers_are_internal(config: Config, layers: int) -> None:
@@ -269,23 +208,6 @@ def _layers_are_internal(config: Config, layers: int) -> None:
         if layer == layers:
             reason = f"is the last layer of a {layers}-layer model, whose policy is the full policy"
         raise InputError(f"{key}={layer}", reason, f"choose 1..{layers - 1}")
-
-
-def _tensor_parallelism_divides(config: Config, model: ModelSizes) -> None:
-    tp = config.parallel.tp
-    sizes = {
-        "attention heads": model.heads,
-        "key-value heads": model.kv_heads,
-        "MLP channels": model.ffn_size,
-    }
-    for what, size in sizes.items():
-        if size % tp:
-            fits = [n for n in range(1, tp) if all(s % n == 0 for s in sizes.values())]
-            raise InputError(
-                f"parallel.tp={tp}",
-                f"does not divide the model's {size} {what}",
-                f"choose {' or '.join(map(str, fits))}",
-            )
 
 
 def _sequences_fit(config: Config, model: ModelSizes) -> None:

@@ -73,6 +73,9 @@ class AlgorithmConfig:
     dual_clip: float | None = 10.0  # bound on the ratio's weight where A < 0; None: off
     loss_aggregation: str = "token_mean"  # token_mean | sequence_mean (the paper's equation)
     minibatches: int = 4  # optimizer updates per step
+    kl_coefficient: float = 0.0  # of the KL to the initial model under the same policy; 0: none
+    kl_estimator: str = "k3"  # k1 | k2 | k3
+    kl_in: str = "loss"  # loss | reward
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,23 @@ class StageConfig:
 
     layer: int = 0
     steps: int = 0
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The actor's layout over ranks."""
+
+    tp: int = 1  # tensor-parallel size
+    pp: int = 1  # pipeline-parallel size
+    vpp: int = 1  # model chunks per pipeline stage (interleaved schedule)
+    dp: int | None = (
+        None  # data-parallel size; None: what the number of ranks leaves (1 on a laptop)
+    )
+    sp: bool = False  # sequence parallelism in the tensor-parallel group
+    cp: int = 1  # context-parallel size: ranks that share each sequence
+    ep: int = 1  # expert-parallel size: data- and context-parallel ranks that share the experts
+    etp: int | None = None  # tensor-parallel size inside an expert; None: tp
+    distributed_optimizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,8 +115,12 @@ class BupoConfig:
     read_out_norm: bool = (
         False  # apply the final norm before the unembedding (the paper's ablation)
     )
-    # Adam's state when layers begin to train at a phase switch; see algorithm/bupo.py
-    optimizer_at_switch: str = "per_layer_step"  # per_layer_step | common_step | reset
+    # Adam's state when layers begin to train at a phase switch; see mcore/optimizer.py
+    optimizer_at_switch: str = "per_layer_step"  # per_layer_step | common_step | reset | warmup
+    switch_warmup_steps: int = 10  # of optimizer_at_switch=warmup
+    # The internal phases under a layout of their own, with only the layers that they train; None:
+    # under `parallel`, with the whole model in place
+    internal_layout: ParallelConfig | None = None
 
     def phases(self) -> list[tuple[int, int]]:
         """The internal phases as `(layer, steps)`, bottom-up; none: GRPO."""
@@ -118,27 +142,19 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip_grad: float = 1.0  # global gradient norm
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """The actor's layout over ranks."""
-
-    tp: int = 1  # tensor-parallel size
-    pp: int = 1  # pipeline-parallel size
-    vpp: int = 1  # model chunks per pipeline stage (interleaved schedule)
-    dp: int | None = (
-        None  # data-parallel size; None: what the number of ranks leaves (1 on a laptop)
-    )
-    sp: bool = False  # sequence parallelism in the tensor-parallel group
-    distributed_optimizer: bool = False
+    # What some units learn at a rate of their own, e.g. {"1-6": 0.1, embedding: 0}: layers counted
+    # from 1, embedding, final_norm, unembedding; 0 freezes them
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    max_skipped_updates: int = 3  # updates in a row with a gradient that is not finite
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
     """How the actor works through a minibatch."""
 
-    microbatch_size: int = 8  # responses per forward-backward
+    # Packed sequences (no padding) per forward-backward and data-parallel rank
+    max_tokens_per_microbatch: int = 16384
+    microbatch_size: int | None = None  # and at most this many responses; None: any number
     logprob_chunk_tokens: int = 1024  # rows of logits that exist at a time
 
 
@@ -167,6 +183,7 @@ class LoggingConfig:
 
     tensorboard: bool = True
     progress: bool = True  # a live display in a terminal, a line per step elsewhere
+    stall_s: float = 600.0  # without progress: report which rank waits where; 0: never
 
 
 @dataclass(frozen=True)

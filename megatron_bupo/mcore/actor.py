@@ -116,7 +116,7 @@ class MegatronActor:
         Returns what the last stage's `score(microbatch, hidden)` or `learn(microbatch, hidden)`
         gave for each micro-batch; nothing on other stages.
         """
-        size, vpp = self.config.trainer.microbatch_size, self.config.parallel.vpp
+        size, vpp = self.config.trainer.microbatch_size or 8, self.config.parallel.vpp
         length = padded_length(
             batch, multiple=self.config.parallel.tp if self.native.sequence_parallel else 1
         )

@@ -15,8 +15,15 @@ REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1
 MASK = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool)
 
 
-@pytest.mark.parametrize("rewards", [REWARDS, torch.randn(5, 8), torch.randn(1, 2)])
-def test_advantages_are_rewards_beside_those_of_their_group(rewards: torch.Tensor):
+CLOSE = torch.tensor([[0.5, 0.5 + 2**-12], [100.0, 100.0 + 2**-10]])
+
+
+@pytest.mark.parametrize("rewards", [REWARDS, CLOSE, (5, 8), (1, 2)])
+def test_advantages_are_rewards_beside_those_of_their_group(
+    rewards: torch.Tensor | tuple[int, int],
+):
+    if isinstance(rewards, tuple):
+        rewards = torch.randn(rewards)
     advantages = group_relative_advantages(rewards)
     centred = group_relative_advantages(rewards, normalize_by_std=False)
     for i, group in enumerate(rewards.tolist()):

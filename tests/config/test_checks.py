@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 
 import pytest
 
 from megatron_bupo.config import Config, flatten, load_config
 from megatron_bupo.config.checks import CHOICES, RANGES, check, check_against_model
 from megatron_bupo.config.layout import Layout
-from megatron_bupo.config.schema import AlgorithmConfig, RolloutConfig, TrainerConfig
 from megatron_bupo.errors import InputError
 
 NEEDED = ["model.path=model", "data.train=train.jsonl"]
@@ -136,15 +134,6 @@ def test_every_choice_and_range_is_a_key_of_the_schema():
             ),
         ),
         (
-            "trainer.microbatch_size=96",
-            (
-                "trainer.microbatch_size=96: a minibatch has 256 responses "
-                "(rollout.prompts_per_step=128 x rollout.responses_per_prompt=8 / "
-                "algorithm.minibatches=4), which 1 data-parallel ranks x 96 do not divide; "
-                "choose trainer.microbatch_size=64"
-            ),
-        ),
-        (
             "megatron.tensor_model_parallel_size=2",
             (
                 "megatron.tensor_model_parallel_size=2: parallel.tp says the same; "
@@ -171,31 +160,6 @@ def test_settings_that_do_not_fit_together_are_refused_with_a_way_out(overrides:
 )
 def test_settings_at_the_edge_are_allowed(override: str):
     check(config_with(override), None)
-
-
-@pytest.mark.parametrize("dp", [1, 3, 4])
-@pytest.mark.parametrize("minibatches", [1, 3, 4])
-def test_the_batch_that_an_error_proposes_works(minibatches: int, dp: int):
-    for prompts, responses, microbatch in product([12, 30, 100], [2, 6, 8], [1, 5, 8]):
-        config = Config(
-            rollout=RolloutConfig(prompts_per_step=prompts, responses_per_prompt=responses),
-            algorithm=AlgorithmConfig(minibatches=minibatches),
-            trainer=TrainerConfig(microbatch_size=microbatch),
-        )
-        for _ in range(2):  # the prompts, then what a minibatch divides into
-            try:
-                check(config, dp)
-            except InputError as error:
-                config = _with(config, str(error).rpartition("choose ")[2])
-        check(config, dp)
-
-
-def _with(config: Config, setting: str) -> Config:
-    """`config` with `section.name=number`."""
-    key, _, value = setting.partition("=")
-    section, _, name = key.partition(".")
-    changed = replace(getattr(config, section), **{name: int(value)})
-    return replace(config, **{section: changed})
 
 
 def test_scoring_has_no_batch_to_divide():

@@ -1,0 +1,77 @@
+"""Can the ranks split this run, and this model, the way `parallel.*` says?"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from megatron_bupo.config.layout import check_layers_divide
+from megatron_bupo.config.schema import Config
+from megatron_bupo.errors import InputError
+
+
+class ModelSizes(Protocol):
+    """The part of `hf.architecture.Architecture` that is checked; config does not import hf."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def ffn_size(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
+
+
+def check_parallel(config: Config) -> None:
+    """The rules about the layout that need no model."""
+    _interleaving_needs_a_pipeline(config)
+    _sequence_parallelism_needs_tensor_parallelism(config)
+
+
+def check_parallel_against_model(config: Config, model: ModelSizes) -> None:
+    """Layers, heads and channels divide among the ranks that share them."""
+    check_layers_divide(model.layers, config)
+    _tensor_parallelism_divides(config, model)
+
+
+def _interleaving_needs_a_pipeline(config: Config) -> None:
+    if config.parallel.vpp > 1 and config.parallel.pp == 1:
+        raise InputError(
+            f"parallel.vpp={config.parallel.vpp}",
+            "chunks are interleaved over pipeline stages, and parallel.pp=1",
+            "set parallel.pp to 2 or more, or parallel.vpp=1",
+        )
+    if config.parallel.vpp > 1 and config.megatron.get("deallocate_pipeline_outputs"):
+        raise InputError(
+            "megatron.deallocate_pipeline_outputs=true",
+            f"reports a wrong loss where parallel.vpp={config.parallel.vpp} interleaves chunks",
+            "remove it, or set parallel.vpp=1",
+        )
+
+
+def _sequence_parallelism_needs_tensor_parallelism(config: Config) -> None:
+    if config.parallel.sp and config.parallel.tp == 1:
+        raise InputError(
+            "parallel.sp=true",
+            "splits sequences over the tensor-parallel ranks, and parallel.tp=1",
+            "set parallel.tp to 2 or more, or parallel.sp=false",
+        )
+
+
+def _tensor_parallelism_divides(config: Config, model: ModelSizes) -> None:
+    tp = config.parallel.tp
+    sizes = {
+        "attention heads": model.heads,
+        "key-value heads": model.kv_heads,
+        "MLP channels": model.ffn_size,
+    }
+    for what, size in sizes.items():
+        if size % tp:
+            fits = [n for n in range(1, tp) if all(s % n == 0 for s in sizes.values())]
+            raise InputError(
+                f"parallel.tp={tp}",
+                f"does not divide the model's {size} {what}",
+                f"choose {' or '.join(map(str, fits))}",
+            )
