@@ -78,15 +78,20 @@ def dry_run(config: Config, layout: Layout) -> str:
 
 def describe(config: Config, layout: Layout, layers: int | None) -> Iterator[str]:
     """Who holds what and what is trained when, a line each. `layers` None: not known yet."""
+    cp = f"x parallel.cp {layout.cp} " if layout.cp > 1 else ""
     yield (
         f"{layout.world} ranks = parallel.tp {layout.tp} x parallel.pp {layout.pp} "
-        f"x parallel.dp {layout.dp}"
+        f"{cp}x parallel.dp {layout.dp}"
     )
     if layers is not None:
         for stage, chunks in enumerate(layers_of_stages(layers, layout, config.megatron)):
             yield _stage(config, layout, stage, chunks)
     yield f"tensor-parallel groups: {_groups(layout.tensor_groups())}"
+    if layout.cp > 1:
+        yield f"context-parallel groups: {_groups(layout.context_groups())}"
     yield f"data-parallel groups: {_groups(layout.data_groups())}"
+    if layout.ep > 1:
+        yield f"expert-parallel groups: {_groups(layout.expert_groups())}"
     yield from _phases(config)
 
 

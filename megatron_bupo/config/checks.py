@@ -41,8 +41,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda x: x >= 1,
         """steps data.max_prompt_tokens rollout.prompts_per_step rollout.responses_per_prompt
         rollout.max_response_tokens rollout.batch_size algorithm.minibatches bupo.target_layer
-        parallel.tp parallel.pp parallel.vpp parallel.dp trainer.microbatch_size
-        trainer.logprob_chunk_tokens checkpoint.every checkpoint.keep
+        parallel.tp parallel.pp parallel.vpp parallel.dp parallel.cp parallel.ep parallel.etp
+        trainer.microbatch_size trainer.max_tokens_per_microbatch trainer.logprob_chunk_tokens checkpoint.every checkpoint.keep
         evaluation.responses_per_prompt evaluation.max_prompts""",
     ),
     (

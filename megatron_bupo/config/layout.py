@@ -1,7 +1,7 @@
 """Which rank holds which part of the model? Sizes of the groups, and the layers of every stage.
 
-Ranks are ordered as Megatron orders them: tensor-parallel fastest, then data-parallel, then
-pipeline. With `vpp` chunks per stage the layers are dealt out round by round: stage 0, 1, ... of
+Ranks are ordered as Megatron orders them: tensor-parallel fastest, then context-parallel, then
+data-parallel, then pipeline. Experts have groups of their own over the same ranks of a stage. With `vpp` chunks per stage the layers are dealt out round by round: stage 0, 1, ... of
 chunk 0, then of chunk 1. Example, 8 layers on pp=2, vpp=2: stage 0 holds layers 1-2 and 5-6,
 stage 1 holds 3-4 and 7-8.
 """
@@ -21,38 +21,59 @@ LAST_STAGE_LAYERS = "num_layers_in_last_pipeline_stage"
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups; `world` = tp x pp x dp ranks."""
+    """Sizes of the parallel groups; `world` = tp x cp x pp x dp ranks."""
 
     tp: int
     pp: int
     vpp: int
     dp: int
     world: int
+    cp: int = 1
+    ep: int = 1
+    etp: int | None = None  # tensor-parallel size inside an expert; None: tp
 
     def stage_ranks(self, stage: int) -> range:
         """The ranks of pipeline stage `stage`, counted from 0."""
-        per_stage = self.tp * self.dp
+        per_stage = self.world // self.pp
         return range(stage * per_stage, (stage + 1) * per_stage)
 
     def tensor_groups(self) -> list[list[int]]:
         """Ranks that share every layer's matrices."""
-        return [list(range(first, first + self.tp)) for first in range(0, self.world, self.tp)]
+        return self._groups(self.tp, 1)
+
+    def context_groups(self) -> list[list[int]]:
+        """Ranks that share every sequence's tokens."""
+        return self._groups(self.cp, self.tp)
 
     def data_groups(self) -> list[list[int]]:
         """Ranks that hold the same weights and see different responses."""
-        stages = [self.stage_ranks(stage) for stage in range(self.pp)]
-        return [list(ranks[shard :: self.tp]) for ranks in stages for shard in range(self.tp)]
+        return self._groups(self.dp, self.tp * self.cp)
+
+    def expert_groups(self) -> list[list[int]]:
+        """Ranks that share the experts of every layer."""
+        return self._groups(self.ep, self.etp or self.tp)
+
+    def _groups(self, size: int, stride: int) -> list[list[int]]:
+        """Groups of `size` ranks, `stride` apart, in the ranks of every stage."""
+        block = size * stride
+        return [
+            list(range(first + shift, first + shift + block, stride))
+            for first in range(0, self.world, block)
+            for shift in range(stride)
+        ]
 
 
 def parallel_sizes(config: Config, world_size: int | None) -> Layout:
     """The layout over `world_size` ranks; None: as many ranks as `parallel.*` asks for."""
     parallel = config.parallel
-    model_ranks = parallel.tp * parallel.pp
+    model_ranks = parallel.tp * parallel.cp * parallel.pp
+    sizes = f"parallel.tp={parallel.tp}, parallel.pp={parallel.pp}"
+    sizes += f", parallel.cp={parallel.cp}" if parallel.cp > 1 else ""
     if world_size is None:
         world_size = model_ranks * (parallel.dp or 1)
     if world_size % model_ranks:
         raise InputError(
-            f"parallel.tp={parallel.tp}, parallel.pp={parallel.pp}",
+            sizes,
             f"{model_ranks} ranks hold the model once, which does not divide {world_size} ranks",
             f"start a multiple of {model_ranks} ranks",
         )
@@ -60,11 +81,19 @@ def parallel_sizes(config: Config, world_size: int | None) -> Layout:
     if parallel.dp is not None and parallel.dp != dp:
         raise InputError(
             f"parallel.dp={parallel.dp}",
-            f"{world_size} ranks with parallel.tp={parallel.tp} and parallel.pp={parallel.pp} "
-            f"leave parallel.dp={dp}",
+            f"{world_size} ranks with {sizes} leave parallel.dp={dp}",
             f"start {model_ranks * parallel.dp} ranks, or leave parallel.dp out",
         )
-    return Layout(parallel.tp, parallel.pp, parallel.vpp, dp, world_size)
+    return Layout(
+        parallel.tp,
+        parallel.pp,
+        parallel.vpp,
+        dp,
+        world_size,
+        cp=parallel.cp,
+        ep=parallel.ep,
+        etp=parallel.etp,
+    )
 
 
 def layers_of_stages(layers: int, layout: Layout, megatron: Mapping[str, Any]) -> list[list[range]]:

@@ -18,6 +18,7 @@ _OURS = {
     "parallel.pp": "pipeline_model_parallel_size",
     "parallel.vpp": "virtual_pipeline_model_parallel_size",
     "parallel.sp": "sequence_parallel",
+    "parallel.cp": "context_parallel_size",
     "parallel.distributed_optimizer": "use_distributed_optimizer",
     "optimizer.lr": "lr",
     "optimizer.min_lr": "min_lr",
@@ -47,7 +48,7 @@ _UNSUPPORTED = {
     ),
     "optimizer": ("only AdamW is offered", "remove it"),
     "num_moe_experts": ("mixture-of-experts models are not loaded", "remove it"),
-    "context_parallel_size expert_model_parallel_size": (
+    "expert_model_parallel_size": (
         "this dimension of parallelism is not offered",
         "use parallel.tp, parallel.pp, parallel.dp",
     ),

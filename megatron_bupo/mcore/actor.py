@@ -74,7 +74,7 @@ class MegatronActor:
         out = torch.zeros(2, batch.input_ids.numel(), device=cpu.device())
         for at, values in self._run(batch, policy, score=partial(self._score, temperature)):
             out[:, at] = values
-        out = parallel.from_last_stage(parallel.sum_over_data_parallel(out)).cpu()
+        out = parallel.from_last_stage(parallel.sum_over_tokens(out)).cpu()
         logprobs, entropies = out.view(2, *batch.input_ids.shape)
         return logprobs, entropies
 

@@ -24,7 +24,7 @@ TIMEOUT = timedelta(minutes=30)
 def initialize(layout: Layout, *, seed: int) -> None:
     """Join the process group (from torchrun's environment, or alone) and split it by `layout`.
 
-    Orders ranks tp-fastest, then dp, then pp, as Megatron does.
+    Orders ranks tp-fastest, then cp, dp and pp, as Megatron does.
     """
     # Megatron asks for it, so that tensor-parallel traffic overlaps; read when CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -41,6 +41,9 @@ def initialize(layout: Layout, *, seed: int) -> None:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
     )
     model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
@@ -89,8 +92,16 @@ def from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def sum_over_data_parallel(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` summed over the data-parallel group, in place."""
-    if mpu.get_data_parallel_world_size() > 1:
-        dist.all_reduce(tensor, group=mpu.get_data_parallel_group())
+def context_group() -> dist.ProcessGroup:
+    """This rank's peers that hold the other tokens of its sequences, itself included."""
+    return cast("dist.ProcessGroup", mpu.get_context_parallel_group())
+
+
+def sum_over_tokens(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` summed over all ranks that see other tokens (data- and context-parallel), in
+    place.
+    """
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
     return tensor

@@ -111,7 +111,7 @@ class MegatronTrainer(MegatronActor):
 
     def _report(self, sums: list[Tensor], grad_norm: float) -> UpdateReport:
         total = torch.stack(sums).sum(0) if sums else torch.zeros(1 + len(ClipStatistics.FIELDS))
-        total = parallel.from_last_stage(parallel.sum_over_data_parallel(total)).double()
+        total = parallel.from_last_stage(parallel.sum_over_tokens(total)).double()
         loss, tokens, ratio, clipped, dual, kl = total.tolist()
         tokens = max(tokens, 1.0)
         return UpdateReport(

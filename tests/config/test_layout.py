@@ -46,23 +46,35 @@ def test_a_data_parallel_size_that_the_ranks_contradict_is_refused():
     with pytest.raises(InputError) as error:
         sizes(8, "parallel.tp=2", "parallel.dp=2")
     assert str(error.value) == (
-        "parallel.dp=2: 8 ranks with parallel.tp=2 and parallel.pp=1 leave parallel.dp=4; "
+        "parallel.dp=2: 8 ranks with parallel.tp=2, parallel.pp=1 leave parallel.dp=4; "
         "start 4 ranks, or leave parallel.dp out"
     )
 
 
-@pytest.mark.parametrize(("tp", "pp", "dp"), list(product([1, 2, 4], [1, 2, 3], [1, 2, 3])))
-def test_groups_are_those_that_megatron_makes(tp: int, pp: int, dp: int):
+@pytest.mark.parametrize(
+    ("tp", "cp", "pp", "dp"), list(product([1, 2, 4], [1, 2], [1, 3], [1, 2, 3]))
+)
+def test_groups_are_those_that_megatron_makes(tp: int, cp: int, pp: int, dp: int):
     from megatron.core.parallel_state import RankGenerator
 
-    layout = Layout(tp, pp, 1, dp, tp * pp * dp)
-    ranks = RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=1, order="tp-cp-ep-dp-pp")
+    layout = Layout(tp, pp, 1, dp, tp * cp * pp * dp, cp=cp)
+    ranks = RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=cp, order="tp-cp-ep-dp-pp")
     assert layout.tensor_groups() == ranks.get_ranks("tp")
+    assert layout.context_groups() == ranks.get_ranks("cp")
     assert layout.data_groups() == ranks.get_ranks("dp")
-    pipelines = ranks.get_ranks("pp")
-    assert [sorted(stage) for stage in zip(*pipelines, strict=True)] == [
-        list(layout.stage_ranks(stage)) for stage in range(pp)
+    assert [list(layout.stage_ranks(stage)) for stage in range(pp)] == [
+        sorted(group) for group in ranks.get_ranks("tp-cp-dp")
     ]
+
+
+@pytest.mark.parametrize(("etp", "ep"), [(None, 1), (None, 2), (1, 4), (2, 4)])
+def test_expert_groups_are_those_that_megatron_makes(etp: int | None, ep: int):
+    from megatron.core.parallel_state import RankGenerator
+
+    layout = Layout(2, 2, 1, 2, 16, cp=2, ep=ep, etp=etp)
+    tp = etp or 2
+    ranks = RankGenerator(tp=tp, ep=ep, dp=8 // tp // ep, pp=2, cp=1, order="tp-cp-ep-dp-pp")
+    assert layout.expert_groups() == ranks.get_ranks("ep")
 
 
 FIRST = "num_layers_in_first_pipeline_stage"
