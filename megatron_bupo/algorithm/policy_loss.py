@@ -65,6 +65,6 @@ def clipped_policy_loss(
             ratio=ratio.sum(),
             clipped=((clipped > plain) & ~over).float().sum(),
             clipped_dual=over.float().sum(),
-            kl=(ratio - 1 - log_ratio).sum(),
+            kl=(torch.expm1(log_ratio) - log_ratio).sum(),  # r - 1 would cancel: r is near 1
         )
     return (per_token * weights).sum(), statistics
