@@ -21,7 +21,7 @@ from megatron_bupo.mcore import parallel
 from megatron_bupo.mcore.actor import MegatronActor
 from megatron_bupo.types import TokenBatch
 
-MICROBATCHES_AT_ONCE = 8  # per data-parallel replica; bounds what is held between passes
+AT_ONCE = 64  # responses per data-parallel rank; bounds what is held between passes
 
 
 def score(scoring: Scoring) -> None:
@@ -36,7 +36,7 @@ def score(scoring: Scoring) -> None:
         with ExitStack() as files:
             index = read_index(expand(ready.config.model.path))
             actor = MegatronActor(ready.architecture, ready.config, slice_opener(index, files))
-        at_once = MICROBATCHES_AT_ONCE * ready.config.trainer.microbatch_size * ready.layout.dp
+        at_once = AT_ONCE * ready.layout.dp
         rows = scored_rows(actor, scoring.responses, scoring.policy, at_once)
         if dist.get_rank() == 0:
             partial = scoring.out.with_name(f".{scoring.out.name}.partial")

@@ -21,10 +21,12 @@ from megatron_bupo.algorithm.bupo import Policy
 from megatron_bupo.config.schema import Config
 from megatron_bupo.hf.architecture import Architecture, DecoderSizes
 from megatron_bupo.mcore import cpu, model, parallel
+from megatron_bupo.mcore.attention import use_packed_rows
 from megatron_bupo.mcore.depth import attach, returning_hidden_states
 from megatron_bupo.mcore.hf_weights import load
 from megatron_bupo.mcore.logprobs import chunked_logprobs
-from megatron_bupo.mcore.microbatches import Microbatch, cut, padded_length
+from megatron_bupo.mcore.microbatches import Microbatch, cut, deal, input_lengths
+from megatron_bupo.mcore.packed import Split
 from megatron_bupo.mcore.weight_stream import WeightStream
 from megatron_bupo.types import TokenBatch
 
@@ -52,8 +54,14 @@ class MegatronActor:
 
             loaded = bridge.load(arch, config)
         self.native, self.gpt_chunks, self.weights = loaded
+        use_packed_rows(self.gpt_chunks)
         self.router = attach(self.gpt_chunks)
         self.shard = model.vocab_shard(arch)
+        self.split = Split(
+            cp=mpu.get_context_parallel_world_size(),
+            rank=mpu.get_context_parallel_rank(),
+            multiple=config.parallel.tp if self.native.sequence_parallel else 1,
+        )
         self.wrapped: list[Any] = self._wrap()
 
     def _wrap(self) -> list[Any]:
@@ -116,21 +124,8 @@ class MegatronActor:
         Returns what the last stage's `score(microbatch, hidden)` or `learn(microbatch, hidden)`
         gave for each micro-batch; nothing on other stages.
         """
-        size, vpp = self.config.trainer.microbatch_size or 8, self.config.parallel.vpp
-        length = padded_length(
-            batch, multiple=self.config.parallel.tp if self.native.sequence_parallel else 1
-        )
-        stages = mpu.get_pipeline_model_parallel_world_size() if vpp > 1 else 1
-        microbatches = list(
-            cut(
-                batch,
-                self._share_of(len(batch)),
-                size=size,
-                length=length,
-                count_multiple=stages,
-                device=cpu.device(),
-            )
-        )
+        microbatches = self._microbatches(batch)
+        vpp = self.config.parallel.vpp
 
         def forward(
             iterator: Iterator[Microbatch], wrapped: Any
@@ -138,7 +133,9 @@ class MegatronActor:
             microbatch = next(iterator)
             gpt = self.gpt_chunks[self.wrapped.index(wrapped)]
             with returning_hidden_states(gpt):
-                out = wrapped(microbatch.input_ids, microbatch.position_ids, None)
+                packed = microbatch.packed
+                positions = packed.positions.unsqueeze(0)
+                out = wrapped(microbatch.input_ids, positions, None, packed_seq_params=packed)
             return out, partial(learn or score, microbatch)  # type: ignore[arg-type]
 
         iterators = [iter(microbatches) for _ in self.wrapped]
@@ -148,14 +145,23 @@ class MegatronActor:
                 data_iterator=iterators if vpp > 1 else iterators[0],
                 model=self.wrapped if vpp > 1 else self.wrapped[0],
                 num_microbatches=len(microbatches),
-                seq_length=length,
-                micro_batch_size=size,
+                # Over all context-parallel ranks; read where stages send rows, all of one length.
+                seq_length=microbatches[0].packed.tokens * self.split.cp,
+                micro_batch_size=1,
                 forward_only=learn is None,
                 collect_non_loss_data=learn is None,
             )
 
-    def _share_of(self, responses: int) -> slice:
-        """The responses of this rank's data-parallel replica: an equal, contiguous share."""
-        dp, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
-        per_rank = -(-responses // dp)
-        return slice(min(rank * per_rank, responses), min((rank + 1) * per_rank, responses))
+    def _microbatches(self, batch: TokenBatch) -> list[Microbatch]:
+        """This rank's micro-batches; a pipeline gets at least one per stage, to keep all busy."""
+        trainer, stages = self.config.trainer, self.config.parallel.pp
+        dealt = deal(
+            input_lengths(batch),
+            ranks=mpu.get_data_parallel_world_size(),
+            max_tokens=trainer.max_tokens_per_microbatch,
+            max_responses=trainer.microbatch_size,
+            at_least=stages,
+            multiple=stages if self.config.parallel.vpp > 1 else 1,
+        )
+        mine = dealt[mpu.get_data_parallel_rank()]
+        return cut(batch, mine, split=self.split, equal=stages > 1, device=cpu.device())

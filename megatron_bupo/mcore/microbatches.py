@@ -1,73 +1,131 @@
-"""Responses cut into micro-batches of one shape, as the pipeline schedules want them."""
+"""Responses dealt out to data-parallel ranks and micro-batches by their tokens, and packed.
+
+Every micro-batch is one row of sequences laid end to end. A response's last token is never an
+input, for nothing is predicted from it; a response without a token to learn from is left out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_bupo.mcore.packed import PackedRow, Packing, Split
 from megatron_bupo.types import TokenBatch
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One forward pass. A response token t is predicted at position t - 1: that is its row of
-    hidden states.
+    """One forward pass of this rank. A response token t is predicted at position t - 1: that is its
+    row of hidden states.
     """
 
-    input_ids: Tensor  # [responses, tokens]
-    position_ids: Tensor  # [responses, tokens]
-    # all [response tokens]:
-    rows: Tensor  # flat indices into [tokens, responses]: where they are predicted
+    input_ids: Tensor  # [1, tokens]
+    packed: PackedRow
+    # all [response tokens predicted on this rank]:
+    rows: Tensor  # places in [tokens]: where they are predicted
     at: Tensor  # flat indices into the batch's [responses, tokens]: where they stand
     targets: Tensor  # their ids
 
 
-def _rounded_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+def input_lengths(batch: TokenBatch) -> list[int]:
+    """Tokens of each response, its prompt included, that something is predicted from."""
+    if bool(batch.response_mask[:, 0].any()):
+        raise ValueError("a response token at position 0 has nothing to be predicted from")
+    last = torch.arange(batch.response_mask.shape[1]) * batch.response_mask
+    return last.max(dim=1).values.tolist()
 
 
-def padded_length(batch: TokenBatch, *, multiple: int) -> int:
-    """Tokens per response: the longest one's, rounded up to `multiple` (sequence parallelism
-    cuts evenly).
+def deal(
+    lengths: Sequence[int],
+    *,
+    ranks: int,
+    max_tokens: int,
+    max_responses: int | None = None,
+    at_least: int = 1,
+    multiple: int = 1,
+) -> list[list[list[int]]]:
+    """`[rank][micro-batch]` -> indices of responses, longest first.
+
+    All ranks get the same number of micro-batches, at least `at_least` and a multiple of
+    `multiple`, as few as `max_tokens` and `max_responses` allow (a response longer than
+    `max_tokens` is alone). Tokens are balanced: each response, longest first, goes where the fewest
+    tokens are. Empty micro-batches may remain: they change no number.
     """
-    return _rounded_up(batch.input_ids.shape[1], multiple)
+    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
+    count = max(at_least, -(-sum(lengths) // (ranks * max_tokens)))
+    if max_responses is not None:
+        count = max(count, -(-len(order) // (ranks * max_responses)))
+    while True:
+        count = -(-count // multiple) * multiple
+        bins = _balanced(order, lengths, ranks * count, max_responses)
+        if all(len(b) <= 1 or sum(lengths[i] for i in b) <= max_tokens for b in bins):
+            break
+        count += 1
+    bins.sort(key=lambda b: -sum(lengths[i] for i in b))
+    rounds = [bins[first : first + ranks] for first in range(0, len(bins), ranks)]
+    return [
+        [dealt[-1 - rank if i % 2 else rank] for i, dealt in enumerate(rounds)]
+        for rank in range(ranks)
+    ]
+
+
+def _balanced(
+    order: Sequence[int], lengths: Sequence[int], count: int, max_responses: int | None
+) -> list[list[int]]:
+    bins: list[list[int]] = [[] for _ in range(count)]
+    lightest = [(0, place) for place in range(count)]
+    for i in order:
+        tokens, place = heapq.heappop(lightest)
+        bins[place].append(i)
+        if max_responses is None or len(bins[place]) < max_responses:
+            heapq.heappush(lightest, (tokens + lengths[i], place))
+    return bins
 
 
 def cut(
     batch: TokenBatch,
-    rows: slice,
+    dealt: Sequence[Sequence[int]],
     *,
-    size: int,
-    length: int,
-    count_multiple: int,
+    split: Split,
+    equal: bool,
     device: torch.device,
-) -> Iterator[Microbatch]:
-    """Micro-batches of `size` responses by `length` tokens that cover `rows` of `batch`.
+) -> list[Microbatch]:
+    """The micro-batches of this data-parallel rank, `dealt[rank]` of `deal`'s answer.
 
-    The last one is filled up with empty responses, and empty ones follow until their number is a
-    multiple of `count_multiple` (what an interleaved pipeline needs): they cost time and change no
-    number.
+    `equal` rows are as long as the longest one, for pipelines that send tensors of one shape.
     """
-    first, stop, width = rows.start, rows.stop, batch.input_ids.shape[1]
-    count = _rounded_up(max(1, -(-(stop - first) // size)), count_multiple)
-    position_ids = torch.arange(length, device=device).expand(size, length)
-    for start in range(first, first + count * size, size):
-        have = slice(min(start, stop), min(start + size, stop))
-        missing = size - (have.stop - have.start)
-        pad = (0, length - width, 0, missing)
-        ids = F.pad(batch.input_ids[have], pad).to(device)
-        mask = F.pad(batch.response_mask[have], pad)
-        if bool(mask[:, 0].any()):
-            raise ValueError("a response token at position 0 has nothing to be predicted from")
-        response, token = mask.nonzero(as_tuple=True)
-        yield Microbatch(
-            input_ids=ids,
-            position_ids=position_ids,
-            rows=((token - 1) * size + response).to(device),
-            at=((start + response) * width + token).to(device),
-            targets=ids[response.to(device), token.to(device)],
-        )
+    lengths = input_lengths(batch)
+    sizes = [split.tokens([lengths[i] for i in responses]) for responses in dealt]
+    if equal:
+        sizes = [max(sizes)] * len(sizes)
+    return [
+        _pack(batch, responses, Packing([lengths[i] for i in responses], tokens, split), device)
+        for responses, tokens in zip(dealt, sizes, strict=True)
+    ]
+
+
+def _pack(
+    batch: TokenBatch, responses: Sequence[int], packing: Packing, device: torch.device
+) -> Microbatch:
+    width = batch.input_ids.shape[1]
+    sequences = [
+        F.pad(batch.input_ids[i, :size], (0, max(0, size - width)))
+        for i, size in zip(responses, packing.lengths, strict=True)
+    ]
+    ids = torch.cat([batch.input_ids.new_zeros(0), *sequences])
+    chosen = torch.tensor(responses, dtype=torch.long)
+    sequence, token = batch.response_mask[chosen].nonzero(as_tuple=True)
+    here, rows = packing.locate(sequence, token - 1)
+    response, token = chosen[sequence[here]], token[here]
+    return Microbatch(
+        input_ids=packing.scatter(ids).unsqueeze(0).to(device),
+        packed=packing.row(device),
+        rows=rows[here].to(device),
+        at=(response * width + token).to(device),
+        targets=batch.input_ids[response, token].to(device),
+    )

@@ -67,6 +67,7 @@ def run_settings(config: Config) -> dict[str, Any]:
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         "tensor_model_parallel_size": parallel.tp,
+        "context_parallel_size": parallel.cp,
         "pipeline_model_parallel_size": parallel.pp,
         "virtual_pipeline_model_parallel_size": parallel.vpp if interleaved else None,
         "sequence_parallel": parallel.sp,

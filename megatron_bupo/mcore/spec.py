@@ -1,7 +1,7 @@
 """Which modules a layer is made of: Transformer Engine's where it imports, plain torch's otherwise.
 
 The plain modules close two gaps of Megatron-Core's local spec: its RMSNorm refuses sequence
-parallelism, and its attention materialises `[tokens, tokens]` scores.
+parallelism, and its attention knows neither packed rows nor context parallelism.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_bupo.mcore.attention import PackedAttention, PackedTEAttention
+
 
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension; `[..., hidden] -> [..., hidden]`."""
@@ -41,37 +43,6 @@ class RMSNorm(torch.nn.Module):
         return self.weight * F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype)
 
 
-class CausalAttention(torch.nn.Module):
-    """Core attention by torch's fused kernel, which never holds a `[tokens, tokens]` matrix.
-
-    query `[tokens, batch, heads, head_dim]`, key and value with the (fewer) key-value heads
-    -> `[tokens, batch, heads * head_dim]`.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any
-    ) -> None:
-        super().__init__()
-        self.softmax_scale, self.dropout = softmax_scale, config.attention_dropout
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
-    ) -> Tensor:
-        if attention_mask is not None:
-            raise NotImplementedError("CausalAttention is causal by itself: pass no attention mask")
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            scale=self.softmax_scale,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-
 def uses_transformer_engine() -> bool:
     """Are layers made of Transformer Engine's modules here, or of plain torch's?"""
     return te.HAVE_TE and torch.cuda.is_available()
@@ -82,7 +53,7 @@ def _plain_layer(*, qk_norm: bool) -> ModuleSpec:
     parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention: Any = parts.self_attention.submodules
-    attention.core_attention = CausalAttention
+    attention.core_attention = PackedAttention
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return layer
@@ -96,6 +67,8 @@ def block_spec(
     """
     if uses_transformer_engine():
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+        parts: Any = layer.submodules
+        parts.self_attention.submodules.core_attention = PackedTEAttention
         norm: Any = te.TENorm
     else:
         layer, norm = _plain_layer(qk_norm=qk_norm), RMSNorm
