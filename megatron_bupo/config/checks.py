@@ -30,6 +30,8 @@ CHOICES = {
     "algorithm.advantage": ("grpo",),
     "algorithm.loss": ("clipped",),
     "algorithm.loss_aggregation": ("token_mean", "sequence_mean"),
+    "algorithm.kl_estimator": ("k1", "k2", "k3"),
+    "algorithm.kl_in": ("loss", "reward"),
     "bupo.optimizer_at_switch": ("per_layer_step", "common_step", "reset"),
     "optimizer.decay": ("constant", "linear", "cosine"),
 }
@@ -48,8 +50,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "at least 0",
         lambda x: x >= 0,
-        """seed bupo.internal_steps optimizer.lr optimizer.min_lr optimizer.warmup_steps
-        optimizer.weight_decay evaluation.every evaluation.temperature""",
+        """seed algorithm.kl_coefficient bupo.internal_steps optimizer.lr optimizer.min_lr
+        optimizer.warmup_steps optimizer.weight_decay evaluation.every evaluation.temperature""",
     ),
     (
         "greater than 0",
