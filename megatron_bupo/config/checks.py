@@ -14,6 +14,7 @@ from collections.abc import Callable
 from megatron_bupo.config.layout import Layout, parallel_sizes
 from megatron_bupo.config.load import flatten
 from megatron_bupo.config.native_keys import refuse_owned_keys
+from megatron_bupo.config.optimizer_rules import check_optimizer, check_optimizer_against_model
 from megatron_bupo.config.parallel_rules import (
     ModelSizes,
     check_parallel,
@@ -32,7 +33,9 @@ CHOICES = {
     "algorithm.loss_aggregation": ("token_mean", "sequence_mean"),
     "algorithm.kl_estimator": ("k1", "k2", "k3"),
     "algorithm.kl_in": ("loss", "reward"),
-    "bupo.optimizer_at_switch": ("per_layer_step", "common_step", "reset"),
+    "algorithm.kl_estimator": ("k1", "k2", "k3"),
+    "algorithm.kl_in": ("loss", "reward"),
+    "bupo.optimizer_at_switch": ("per_layer_step", "common_step", "reset", "warmup"),
     "optimizer.decay": ("constant", "linear", "cosine"),
 }
 
@@ -43,6 +46,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda x: x >= 1,
         """steps data.max_prompt_tokens rollout.prompts_per_step rollout.responses_per_prompt
         rollout.max_response_tokens rollout.batch_size algorithm.minibatches bupo.target_layer
+        bupo.switch_warmup_steps optimizer.max_skipped_updates
         parallel.tp parallel.pp parallel.vpp parallel.dp parallel.cp parallel.ep parallel.etp
         trainer.microbatch_size trainer.max_tokens_per_microbatch trainer.logprob_chunk_tokens checkpoint.every checkpoint.keep
         evaluation.responses_per_prompt evaluation.max_prompts""",
@@ -69,8 +73,7 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     """All rules that need no files; the layout over `world_size` ranks (None: no torchrun)."""
     _choices_are_known(config)
     _numbers_are_in_range(config)
-    _betas_are_in_range(config)
-    _learning_rate_decays(config)
+    check_optimizer(config)
     _groups_can_be_compared(config)
     _schedule_is_one_of_two_kinds(config)
     _stages_go_bottom_up(config)
@@ -87,6 +90,7 @@ def check_against_model(config: Config, model: ModelSizes, *, training: bool = T
     """The rules that need the model's sizes; scoring (not `training`) samples no responses."""
     _layers_are_internal(config, model.layers)
     check_parallel_against_model(config, model)
+    check_optimizer_against_model(config, model)
     if training:
         _sequences_fit(config, model)
 
@@ -114,25 +118,6 @@ def _numbers_are_in_range(config: Config) -> None:
             assert isinstance(value, int | float)
             if not (holds(value) and math.isfinite(value)):
                 raise InputError(f"{key}={value}", "is out of range", f"must be {expected}")
-
-
-def _betas_are_in_range(config: Config) -> None:
-    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise InputError(
-            f"optimizer.betas={list(config.optimizer.betas)}",
-            "is out of range",
-            "each must be at least 0 and less than 1",
-        )
-
-
-def _learning_rate_decays(config: Config) -> None:
-    optimizer = config.optimizer
-    if optimizer.min_lr > optimizer.lr:
-        raise InputError(
-            f"optimizer.min_lr={optimizer.min_lr}",
-            f"is above optimizer.lr={optimizer.lr}",
-            f"choose at most {optimizer.lr}",
-        )
 
 
 def _groups_can_be_compared(config: Config) -> None:

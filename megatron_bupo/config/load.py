@@ -177,6 +177,8 @@ def _sections() -> frozenset[str]:
 def _set(merged: DictConfig, key: str, value: Any, where: str) -> DictConfig:
     """`merged` with `key` set to `value`; a mapping joins the one there, a list replaces it."""
     kind = _kind(key, value, where)
+    if get_origin(kind) is dict and isinstance(value, dict):
+        value = {str(name): item for name, item in value.items()}  # YAML reads `7:` as a number
     nested = value
     for name in reversed(key.split(".")):
         nested = {name: nested}

@@ -38,7 +38,7 @@ _UNEVEN = (
     f"use megatron.{FIRST_STAGE_LAYERS} and megatron.{LAST_STAGE_LAYERS}",
 )
 _UNSUPPORTED = {
-    "enable_cuda_graph external_cuda_graph cuda_graph_impl": (
+    "enable_cuda_graph external_cuda_graph cuda_graph_impl optimizer_cuda_graph": (
         "captured graphs cannot follow the change of depth between phases",
         "remove it",
     ),
@@ -47,6 +47,11 @@ _UNSUPPORTED = {
         "remove it",
     ),
     "optimizer": ("only AdamW is offered", "remove it"),
+    "decoupled_lr decoupled_min_lr": (
+        "optimizer.lr_factors gives parts of the model rates of their own",
+        "remove it",
+    ),
+    "grad_norm_skip_threshold": ("only updates that are not finite are skipped", "remove it"),
     "num_moe_experts": ("mixture-of-experts models are not loaded", "remove it"),
     "expert_model_parallel_size": (
         "this dimension of parallelism is not offered",

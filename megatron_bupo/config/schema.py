@@ -117,7 +117,7 @@ class BupoConfig:
     )
     # Adam's state when layers begin to train at a phase switch; see mcore/optimizer.py
     optimizer_at_switch: str = "per_layer_step"  # per_layer_step | common_step | reset | warmup
-    switch_warmup_steps: int = 10  # of optimizer_at_switch=warmup
+    switch_warmup_steps: int = 10  # of optimizer_at_switch=warmup, after each switch
     # The internal phases under a layout of their own, with only the layers that they train; None:
     # under `parallel`, with the whole model in place
     internal_layout: ParallelConfig | None = None
@@ -145,7 +145,8 @@ class OptimizerConfig:
     # What some units learn at a rate of their own, e.g. {"1-6": 0.1, embedding: 0}: layers counted
     # from 1, embedding, final_norm, unembedding; 0 freezes them
     lr_factors: dict[str, float] = field(default_factory=dict)
-    max_skipped_updates: int = 3  # updates in a row with a gradient that is not finite
+    # An update whose loss or gradient is not finite is skipped; this many in a row stop the run
+    max_skipped_updates: int = 3
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ class Sizes:
     kv_heads: int = 8
     ffn_size: int = 9728
     max_positions: int = 40960
+    tied: bool = True
 
 
 def config_with(*overrides: str):

@@ -56,4 +56,5 @@ def test_every_refused_key_is_one_that_megatron_has_or_had():
     natives = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
     known = {field.name for native in natives for field in dataclasses.fields(native)}
     came_or_went = {"external_cuda_graph", "enable_cuda_graph", "cuda_graph_impl"}
+    came_or_went |= {"optimizer_cuda_graph", "grad_norm_skip_threshold"}
     assert set(_REASONS) <= known | came_or_went
