@@ -33,8 +33,6 @@ CHOICES = {
     "algorithm.loss_aggregation": ("token_mean", "sequence_mean"),
     "algorithm.kl_estimator": ("k1", "k2", "k3"),
     "algorithm.kl_in": ("loss", "reward"),
-    "algorithm.kl_estimator": ("k1", "k2", "k3"),
-    "algorithm.kl_in": ("loss", "reward"),
     "bupo.optimizer_at_switch": ("per_layer_step", "common_step", "reset", "warmup"),
     "optimizer.decay": ("constant", "linear", "cosine"),
 }
