@@ -7,14 +7,20 @@ answer. With `bupo.internal_steps=0` it is GRPO, to the bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from megatron_bupo.algorithm.advantages import group_relative_advantages
-from megatron_bupo.algorithm.bupo import FULL
+from megatron_bupo.algorithm.bupo import FULL, Policy
+from megatron_bupo.algorithm.kl import less_kl
 from megatron_bupo.build import Run, build
+from megatron_bupo.config.schema import AlgorithmConfig
 from megatron_bupo.data.packing import pack
 from megatron_bupo.preflight import Preflight
 from megatron_bupo.record import measures
+from megatron_bupo.types import Grade, TokenBatch
 
 
 def train(ready: Preflight) -> None:
@@ -44,28 +50,59 @@ def train_step(run: Run, step: int) -> None:
             groups = run.engine.generate(run.prompts.prompts_at(step), run.sampling(step))
         with journal.doing("grade"):
             grades = run.grader.grade(groups)
-        rewards = torch.tensor([[grade.reward for grade in group] for group in grades])
-        advantages = group_relative_advantages(
-            rewards, normalize_by_std=config.algorithm.normalize_by_std
-        )
-        batch = pack(groups, advantages, run.pad_id)
-        with journal.doing("old_logprobs"):  # of the policy that learns, before its first update
-            old, entropies = trainer.logprobs(batch, policy, temperature=config.rollout.temperature)
+        batch, scores = with_logprobs(pack(groups, run.pad_id), policy, run)
         if step == 0 and policy != FULL:  # trainer and engine must start from the same weights
             full, _ = trainer.logprobs(batch, FULL, temperature=config.rollout.temperature)
             journal.note(measures.mismatch_measures(full, batch))
+        batch = batch.with_advantages(advantages(grades, batch, config.algorithm))
         lr = trainer.learning_rate(step)
         with journal.doing("update"):
-            minibatches = batch.with_old_logprobs(old).minibatches(config.algorithm.minibatches)
+            minibatches = batch.minibatches(config.algorithm.minibatches)
             updates = [trainer.update(minibatch, policy, lr=lr) for minibatch in minibatches]
         with journal.doing("sync"):
             run.engine.load_weights(trainer.changed_weights(policy), version=step + 1)
         journal.note(measures.rollout_measures(groups, grades))
         journal.note(measures.update_measures(updates, lr))
-        if policy == FULL:
-            journal.note(measures.mismatch_measures(old, batch))
-        else:
-            journal.note(measures.internal_measures(entropies, batch))
+        journal.note(measures.policy_measures(policy, scores or updates[0].scores, batch))
         run.warn(measures.warnings_of(grades))
         if config.evaluation.every and (step + 1) % config.evaluation.every == 0:
             run.evaluate("eval/accuracy_mean")
+
+
+def with_logprobs(
+    batch: TokenBatch, policy: Policy, run: Run
+) -> tuple[TokenBatch, tuple[Tensor, Tensor] | None]:
+    """The batch with all log-probs that its updates cannot compute themselves, and what the policy
+    that learns says of it (log-probs, entropies) if that is already known.
+    """
+    algorithm, temperature = run.config.algorithm, run.config.rollout.temperature
+    scores = None
+    if algorithm.needs_old_logprobs:
+        with run.journal.doing("old_logprobs"):
+            scores = run.trainer.logprobs(batch, policy, temperature=temperature)
+        batch = batch.with_old_logprobs(scores[0])
+    if algorithm.kl_coefficient:
+        with run.journal.doing("ref_logprobs"):
+            ref = run.trainer.ref_logprobs(batch, policy, temperature=temperature)
+        batch = batch.with_ref_logprobs(ref)
+    return batch, scores
+
+
+def advantages(
+    grades: Sequence[Sequence[Grade]], batch: TokenBatch, algorithm: AlgorithmConfig
+) -> Tensor:
+    """What each response is worth, `[prompts, responses_per_prompt]`: its reward, where the KL to
+    the reference counts there less that, beside those of its group.
+    """
+    rewards = torch.tensor([[grade.reward for grade in group] for group in grades])
+    if algorithm.kl_coefficient and algorithm.kl_in == "reward":
+        assert batch.old_logprobs is not None
+        assert batch.ref_logprobs is not None
+        rewards = less_kl(
+            rewards,
+            batch.old_logprobs,
+            batch.ref_logprobs,
+            coefficient=algorithm.kl_coefficient,
+            estimator=algorithm.kl_estimator,
+        )
+    return group_relative_advantages(rewards, normalize_by_std=algorithm.normalize_by_std)

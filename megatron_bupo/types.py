@@ -90,8 +90,10 @@ class TokenBatch:
     input_ids: Tensor  # int64, right-padded
     response_mask: Tensor  # bool
     rollout_logprobs: Tensor  # fp32, nats
-    advantages: Tensor  # fp32
-    old_logprobs: Tensor | None = None  # fp32, nats; of the policy that this step trains
+    advantages: Tensor | None = None  # fp32
+    # fp32, nats; of the policy that this step trains, before its first update; None: it has but one
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None  # fp32, nats; of the same policy with the initial weights
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -120,9 +122,25 @@ class TokenBatch:
         """
         return replace(self, old_logprobs=old_logprobs)
 
+    def with_ref_logprobs(self, ref_logprobs: Tensor) -> TokenBatch:
+        """The same batch with the reference's log-probs, `[responses, tokens]` nats."""
+        return replace(self, ref_logprobs=ref_logprobs)
+
+    def with_advantages(self, advantages: Tensor) -> TokenBatch:
+        """The same batch with its advantages, `[prompts, responses_per_prompt]`: one for all
+        tokens of a response.
+        """
+        if advantages.numel() != len(self):
+            raise ValueError(f"{advantages.numel()} advantages for {len(self)} responses")
+        per_token = advantages.reshape(-1, 1).float() * self.response_mask
+        return replace(self, advantages=per_token)
+
 
 @dataclass(frozen=True)
 class UpdateReport:
     """What one optimizer update did; all numbers are global over ranks and micro-batches."""
 
     metrics: Mapping[str, float]  # `update/...`
+    # Log-probs and entropies before the update, `[responses, tokens]` nats, of a minibatch that
+    # came without old log-probs
+    scores: tuple[Tensor, Tensor] | None = None

@@ -63,6 +63,7 @@ def loop_loss(
 ) -> Tensor:
     """The clipped loss, one response and one token at a time."""
     assert batch.old_logprobs is not None
+    assert batch.advantages is not None
     per_response = []
     for i in range(len(batch)):
         losses = []

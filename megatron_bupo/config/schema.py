@@ -77,6 +77,11 @@ class AlgorithmConfig:
     kl_estimator: str = "k3"  # k1 | k2 | k3
     kl_in: str = "loss"  # loss | reward
 
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Must they be known before the step's first update? With one update, the ratio is 1."""
+        return self.minibatches > 1 or (self.kl_coefficient > 0 and self.kl_in == "reward")
+
 
 @dataclass(frozen=True)
 class StageConfig:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_bupo.types import RolloutGroup, TokenBatch
 
 
-def pack(groups: Sequence[RolloutGroup], advantages: Tensor, pad_id: int) -> TokenBatch:
-    """Rollouts with their advantages, `[prompts, responses_per_prompt]`, one for all its tokens."""
+def pack(groups: Sequence[RolloutGroup], pad_id: int) -> TokenBatch:
+    """Rollouts as one batch; log-probs of the actor and advantages come later."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    if advantages.numel() != len(rollouts):
-        raise ValueError(f"{advantages.numel()} advantages for {len(rollouts)} responses")
     rows = [(*r.prompt.input_ids, *r.response_ids) for r in rollouts]
     input_ids = pad_sequence(
         [torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_id
@@ -32,5 +29,4 @@ def pack(groups: Sequence[RolloutGroup], advantages: Tensor, pad_id: int) -> Tok
         input_ids=input_ids,
         response_mask=response_mask,
         rollout_logprobs=rollout_logprobs,
-        advantages=advantages.reshape(-1, 1).float() * response_mask,
     )

@@ -244,11 +244,11 @@ def _entropies(record: Mapping[str, Any]) -> str:
 
 
 def _times(record: Mapping[str, Any]) -> str:
-    """Where the step's seconds went; training is the pass for old log-probs and the update."""
+    """Where the step's seconds went; training is the passes before the update too."""
     parts = {
         "generate": ["time/generate_s"],
         "grade": ["time/grade_s"],
-        "train": ["time/old_logprobs_s", "time/update_s"],
+        "train": ["time/old_logprobs_s", "time/ref_logprobs_s", "time/update_s"],
         "sync": ["time/sync_s"],
         "checkpoint": ["time/checkpoint_s"],
     }

@@ -20,6 +20,7 @@ ACTIVITIES = {  # name in time/..._s: what the display says
     "generate": "generating responses",
     "grade": "grading",
     "old_logprobs": "old log-probs",
+    "ref_logprobs": "reference log-probs",
     "update": "updating",
     "sync": "syncing weights",
     "evaluate": "evaluating",

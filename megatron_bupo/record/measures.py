@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from megatron_bupo.algorithm.bupo import FULL, Policy
 from megatron_bupo.types import Grade, Rollout, RolloutGroup, TokenBatch, UpdateReport
 
 if TYPE_CHECKING:
@@ -39,6 +40,19 @@ def rollout_measures(
 def warnings_of(grades: Sequence[Sequence[Grade]]) -> list[str]:
     """The distinct warnings of a step's grades."""
     return sorted({grade.warning for group in grades for grade in group if grade.warning})
+
+
+def policy_measures(
+    policy: Policy, scores: tuple[Tensor, Tensor] | None, batch: TokenBatch
+) -> dict[str, float]:
+    """What is worth knowing of the policy that learns, from its log-probs and entropies
+    `[responses, tokens]` before the step's first update.
+    """
+    assert scores is not None, "a pass before the updates gives them, or else the only update"
+    logprobs, entropies = scores
+    if policy == FULL:
+        return mismatch_measures(logprobs, batch)
+    return internal_measures(entropies, batch)
 
 
 def internal_measures(entropies: Tensor, batch: TokenBatch) -> dict[str, float]:

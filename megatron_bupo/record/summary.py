@@ -115,5 +115,5 @@ def _time(records: Sequence[Record]) -> str:
     if not seconds:
         return ""
     generating = total("time/generate_s") / seconds
-    training = total("time/old_logprobs_s", "time/update_s") / seconds
+    training = total("time/old_logprobs_s", "time/ref_logprobs_s", "time/update_s") / seconds
     return f"Steps took {seconds:.0f} s: {generating:.0%} generating, {training:.0%} training."

@@ -35,7 +35,7 @@ def some_groups(prompts: int, responses: int, seed: int = 0) -> list[RolloutGrou
 def test_packing_is_a_loop_over_responses_and_tokens(seed: int) -> None:
     groups = some_groups(4, 3, seed)
     advantages = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
-    batch = pack(groups, advantages, pad_id=99)
+    batch = pack(groups, pad_id=99).with_advantages(advantages)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     width = max(len(r.prompt.input_ids) + len(r.response_ids) for r in rollouts)
     assert batch.input_ids.tolist() == [
@@ -55,11 +55,13 @@ def test_packing_is_a_loop_over_responses_and_tokens(seed: int) -> None:
 
 
 def test_the_tensors_have_the_types_that_the_actor_expects() -> None:
-    batch = pack(some_groups(2, 2), torch.ones(2, 2, dtype=torch.float64), pad_id=0)
+    advantages = torch.ones(2, 2, dtype=torch.float64)
+    batch = pack(some_groups(2, 2), pad_id=0).with_advantages(advantages)
     assert batch.input_ids.dtype == torch.int64
     assert batch.response_mask.dtype == torch.bool
+    assert batch.advantages is not None
     assert batch.rollout_logprobs.dtype == batch.advantages.dtype == torch.float32
-    assert batch.old_logprobs is None
+    assert batch.old_logprobs is batch.ref_logprobs is None
     assert batch.response_tokens == sum(
         len(r.response_ids) for g in some_groups(2, 2) for r in g.rollouts
     )
@@ -67,4 +69,4 @@ def test_the_tensors_have_the_types_that_the_actor_expects() -> None:
 
 def test_advantages_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="3 advantages for 4 responses"):
-        pack(some_groups(2, 2), torch.ones(3), pad_id=0)
+        pack(some_groups(2, 2), pad_id=0).with_advantages(torch.ones(3))
