@@ -5,7 +5,7 @@ Every rank calls every method with equal arguments; results are equal on every r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -79,12 +79,8 @@ class MegatronActor:
         The entropy at a token is that of the distribution it was drawn from. Zero outside
         responses.
         """
-        out = torch.zeros(2, batch.input_ids.numel(), device=cpu.device())
-        for at, values in self._run(batch, policy, score=partial(self._score, temperature)):
-            out[:, at] = values
-        out = parallel.from_last_stage(parallel.sum_over_tokens(out)).cpu()
-        logprobs, entropies = out.view(2, *batch.input_ids.shape)
-        return logprobs, entropies
+        scored = self._run(batch, policy, score=partial(self._score, temperature))
+        return put_together(batch, scored)
 
     def _score(
         self, temperature: float, microbatch: Microbatch, hidden: Tensor, **_: Any
@@ -165,3 +161,17 @@ class MegatronActor:
         )
         mine = dealt[mpu.get_data_parallel_rank()]
         return cut(batch, mine, split=self.split, equal=stages > 1, device=cpu.device())
+
+
+def put_together(
+    batch: TokenBatch, scored: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the whole `batch` on every rank, from what each last stage has:
+    where its response tokens stand, and both of them there, `[2, response tokens]`. Collective.
+    """
+    out = torch.zeros(2, batch.input_ids.numel(), device=cpu.device())
+    for at, values in scored:
+        out[:, at] = values
+    out = parallel.from_last_stage(parallel.sum_over_tokens(out)).cpu()
+    logprobs, entropies = out.view(2, *batch.input_ids.shape)
+    return logprobs, entropies
