@@ -27,6 +27,7 @@ from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.preflight import Preflight
 from megatron_bupo.record.figure import draw_run
 from megatron_bupo.record.journal import Journal
+from megatron_bupo.record.skipped import SkippedUpdates
 from megatron_bupo.record.summary import summarise
 from megatron_bupo.rewards.grader import Grader
 from megatron_bupo.rollout.embedded import EmbeddedEngine
@@ -49,6 +50,7 @@ class Run:
     held_out: Sequence[Prompt]
     schedule: PhaseSchedule
     journal: Journal
+    skipped: SkippedUpdates
     pad_id: int
     first_step: int
     world: int
@@ -175,6 +177,7 @@ def build(ready: Preflight) -> Run:
                 config.bupo.phases(), read_out_norm=config.bupo.read_out_norm
             ),
             journal=journal,
+            skipped=SkippedUpdates(config.optimizer.max_skipped_updates),
             pad_id=0,  # masked out everywhere: any id will do
             first_step=first_step,
             world=ready.layout.world,

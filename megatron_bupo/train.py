@@ -18,6 +18,7 @@ from megatron_bupo.algorithm.kl import less_kl
 from megatron_bupo.build import Run, build
 from megatron_bupo.config.schema import AlgorithmConfig
 from megatron_bupo.data.packing import pack
+from megatron_bupo.mcore.learning_rate import learning_rate
 from megatron_bupo.preflight import Preflight
 from megatron_bupo.record import measures
 from megatron_bupo.types import Grade, TokenBatch
@@ -55,10 +56,11 @@ def train_step(run: Run, step: int) -> None:
             full, _ = trainer.logprobs(batch, FULL, temperature=config.rollout.temperature)
             journal.note(measures.mismatch_measures(full, batch))
         batch = batch.with_advantages(advantages(grades, batch, config.algorithm))
-        lr = trainer.learning_rate(step)
+        lr = learning_rate(step, config, phase_start=run.schedule.phase_start(step))
         with journal.doing("update"):
             minibatches = batch.minibatches(config.algorithm.minibatches)
             updates = [trainer.update(minibatch, policy, lr=lr) for minibatch in minibatches]
+        run.warn(run.skipped.after(step, updates))
         with journal.doing("sync"):
             run.engine.load_weights(trainer.changed_weights(policy), version=step + 1)
         journal.note(measures.rollout_measures(groups, grades))

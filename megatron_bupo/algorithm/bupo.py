@@ -71,9 +71,16 @@ class PhaseSchedule:
             step -= steps
         return FULL
 
+    def phase_start(self, step: int) -> int:
+        """The step with which the phase of `step` began: 0 for all of the first phase."""
+        policy = self.policy_at(step)
+        while step > 0 and self.policy_at(step - 1) == policy:
+            step -= 1
+        return step
+
     def begins_at(self, step: int) -> bool:
         """Does a new phase begin with `step`? Never at step 0: nothing came before."""
-        return step > 0 and self.policy_at(step) != self.policy_at(step - 1)
+        return self.phase_start(step) == step > 0
 
 
 def depth_of(policy: Policy, layers: int) -> int:

@@ -9,7 +9,7 @@ bridge's own collectives, a parameter at a time: slower than our one flat buffer
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, cast
 
 from megatron.bridge import AutoBridge
@@ -107,7 +107,7 @@ class BridgeStream:
                 found[parameter] = "embedding" if tied else _unit(name, layers)
         return found
 
-    def tensors(self, wanted: Sequence[Unit]) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, wanted: Collection[Unit]) -> Iterator[tuple[str, Tensor]]:
         """`(hf_name, full tensor)` of the `wanted` units, the same on every rank. Collective."""
         layers = range(1, self._sizes.layers + 1)
         stream = self._bridge.export_hf_weights(

@@ -40,12 +40,9 @@ def save(
     if dist.get_rank() == 0:
         checkpoints.begin(run_dir, step)
     dist.barrier()
-    with trainer.optimizer.with_one_step():
-        state = _sharded_state(trainer, is_loading=False)
-    steps: list[dict[str, float]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(steps, trainer.optimizer.steps_by_unit())
-    counted = {unit: count for part in steps for unit, count in part.items()}
-    state["common"] = {"steps_by_unit": counted, "world": dist.get_world_size()}
+    state = _sharded_state(trainer, loading=False)
+    steps = dict(trainer.optimizer.steps)
+    state["common"] = {"steps_by_unit": steps, "world": dist.get_world_size()}
     state["rng"] = _rng_object(_rng_state())
     with _writing_in_this_process():
         work = checkpoints.partial_path(run_dir, step)
@@ -60,8 +57,7 @@ def save(
 def load(trainer: MegatronTrainer, path: Path) -> None:
     """Put the state at `path` into `trainer` and this process. Collective."""
     same_ranks = _common(path)["world"] == dist.get_world_size()
-    with trainer.optimizer.with_one_step():
-        state = _sharded_state(trainer, is_loading=True)
+    state = _sharded_state(trainer, loading=True)
     if same_ranks:
         state["rng"] = _rng_object(None)
     loaded: Any = dist_checkpointing.load(state, str(path))
@@ -76,12 +72,12 @@ def _common(path: Path) -> dict[str, Any]:
     return dist_checkpointing.load_common_state_dict(str(path))["common"]
 
 
-def _sharded_state(trainer: MegatronTrainer, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(trainer: MegatronTrainer, *, loading: bool) -> dict[str, Any]:
     state: dict[str, Any] = {
         f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(trainer.gpt_chunks)
     }
-    state["optimizer"] = trainer.optimizer.megatron.sharded_state_dict(
-        dict(state), is_loading=is_loading, metadata=METADATA
+    state["optimizer"] = trainer.optimizer.sharded_state_dict(
+        dict(state), loading=loading, metadata=METADATA
     )
     return state
 

@@ -1,19 +1,23 @@
-"""Megatron's optimizer, made to leave alone what the step's policy does not train.
+"""Megatron's optimizer, made to step what the step's policy trains, at its rate, and nothing else.
 
 Layers above an internal policy's target have gradients of zero, not none, in Megatron's gradient
 buffers, and an Adam step with a zero gradient still moves a parameter (momentum, weight decay) and
-decays its moments. A hook before the inner step takes those gradients away altogether, so
-parameters and moments above the target stay as they are, bit for bit, under every Megatron
-optimizer.
+decays its moments. So for the length of a step the inner optimizer's parameter groups are exchanged
+for others: trained parameters alone, one group for each learning-rate factor and age. Gradient norm,
+clipping and step then see nothing else, under every Megatron optimizer, and what is not in a group
+stays as it is, bit for bit. Between steps, and so in checkpoints, the groups are Megatron's own.
 
-At a phase switch layers begin to train whose Adam state lags behind; `optimizer_at_switch` says
-what happens:
+A unit's age is the number of its updates, which Adam's bias correction divides by. It is counted
+here and told to the inner optimizer before each step, whether that keeps a counter for each
+parameter (torch) or for each group (Transformer Engine, apex). At a phase switch units begin to
+train whose Adam state lags behind; `bupo.optimizer_at_switch` says what happens:
 
-    per_layer_step  each layer's bias correction counts that layer's own updates (as the authors'
-                    FSDP1 code does: without a gradient, no step, and no step counted)
-    common_step     one counter for all: the layers that begin take it over with moments of zero, so
+    per_layer_step  each unit keeps its moments and counts its own updates (as the authors' FSDP1
+                    code does: without a gradient, no step, and no step counted)
+    common_step     one counter for all: units that begin take it over with moments of zero, so
                     their first updates are too large by up to (1 - beta1) / sqrt(1 - beta2)
-    reset           all moments and counters start anew, also those of the layers that did train
+    reset           all moments and counters start anew, also those of the units that did train
+    warmup          as per_layer_step, and the learning rate warms up again (see `learning_rate`)
 """
 
 from __future__ import annotations
@@ -21,30 +25,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig as NativeOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor, nn
 
-from megatron_bupo.config.schema import Config, OptimizerConfig
-from megatron_bupo.errors import InputError
+from megatron_bupo.config.schema import Config
+from megatron_bupo.mcore import parallel
 from megatron_bupo.mcore.hf_weights import Unit
 from megatron_bupo.mcore.native import build_native
-
-
-def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of `step` (from 0) of `steps`: linear warm-up, then constant, linear or
-    cosine decay.
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.decay == "constant":
-        return config.lr
-    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    left = 1 - done if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return config.min_lr + (config.lr - config.min_lr) * left
 
 
 def native_optimizer_config(config: Config, dtype: torch.dtype) -> Any:
@@ -66,84 +58,107 @@ def native_optimizer_config(config: Config, dtype: torch.dtype) -> Any:
 
 
 class PhasedOptimizer:
-    """Megatron's optimizer over DDP-wrapped chunks; each step trains some units and leaves the
-    others be.
+    """Megatron's optimizer over DDP-wrapped chunks; each step trains some of the model's `units`
+    and leaves the others be.
     """
 
     def __init__(
         self,
         ddp_chunks: Sequence[nn.Module],
         unit_of: Mapping[nn.Parameter, Unit],
+        units: Sequence[Unit],
         config: Config,
         dtype: torch.dtype,
     ) -> None:
         chunks: Any = list(ddp_chunks)
         self.megatron = get_megatron_optimizer(native_optimizer_config(config, dtype), chunks)
-        self.config, self.at_switch = config.optimizer, config.bupo.optimizer_at_switch
-        self._trained: frozenset[Unit] | None = None
-        self._frozen_now: list[Tensor] = []
-        self._units: dict[torch.optim.Optimizer, dict[Tensor, Unit]] = {}
+        self.clip_grad, self.at_switch = config.optimizer.clip_grad, config.bupo.optimizer_at_switch
+        self.steps: dict[Unit, int] = dict.fromkeys(units, 0)  # updates of each, on any rank
+        self._unit_of: dict[torch.optim.Optimizer, dict[Tensor, Unit]] = {
+            part.optimizer: dict(_inner_parameters(part, unit_of)) for part in self._parts()
+        }
         for part in self._parts():
-            inner = part.optimizer
-            if inner is None:
-                continue
-            self._units[inner] = dict(_inner_parameters(part, unit_of))
-            inner.register_step_pre_hook(self._take_gradients_away)
-            inner.register_step_post_hook(self._follow_common_step)
-        self._require_per_parameter_steps()
-        self.clear_state()
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return [group for inner in self._units for group in inner.param_groups]
+            # Not at the first step, as Adam would: Megatron's checkpoints demand a state for every
+            # parameter.
+            part.init_state_fn(part.optimizer, part.config)
+        self._level_counters()
 
     def _parts(self) -> list[Any]:
-        """Megatron's optimizers, one per kind of parameter."""
-        return getattr(self.megatron, "chained_optimizers", [self.megatron])
+        """Megatron's optimizers that have something to step, one per kind of parameter."""
+        parts = getattr(self.megatron, "chained_optimizers", [self.megatron])
+        return [part for part in parts if part.optimizer is not None]
 
-    def _require_per_parameter_steps(self) -> None:
-        fused = [type(o).__name__ for o in self._units if not isinstance(o, torch.optim.AdamW)]
-        if fused and self.at_switch == "per_layer_step":
-            raise InputError(
-                "bupo.optimizer_at_switch=per_layer_step",
-                f"{fused[0]} counts steps per parameter group, not per layer",
-                "choose reset or common_step",
-            )
+    def _level_counters(self) -> None:
+        """Give every parameter's own counter, where there is one, the same value.
 
-    def clear_state(self) -> None:
-        """Adam's state before the first step: moments and counters of zero.
-
-        Made at once, not lazily: Megatron's checkpoints demand a state for every parameter.
+        Megatron's checkpoints demand it; nothing reads it, see `steps`.
         """
-        for inner, parameters in self._units.items():
-            if isinstance(inner, torch.optim.AdamW):
-                for p in parameters:
-                    inner.state[p] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(p.data),
-                        "exp_avg_sq": torch.zeros_like(p.data),
-                    }
-            else:
-                inner.state.clear()
-                for group in inner.param_groups:
-                    group.pop("step", None)
+        for inner in self._unit_of:
+            for state in inner.state.values():
+                if isinstance(inner, torch.optim.Adam):
+                    state["step"] = torch.tensor(1.0)
 
     def begin_phase(self) -> None:
         """A new policy trains from the next step on."""
-        if self.at_switch == "reset":
-            self.clear_state()
+        if self.at_switch != "reset":
+            return
+        self.steps = dict.fromkeys(self.steps, 0)
+        for inner in self._unit_of:
+            for state in inner.state.values():
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
 
-    def step(self, trained: frozenset[Unit], lr: float) -> float:
-        """Update the `trained` units at learning rate `lr`; returns the global gradient norm
-        before clipping.
+    @torch.no_grad()
+    def step(self, trained: Mapping[Unit, float], lr: float, *, loss: float = 0.0) -> float:
+        """Update the `trained` units, each at its factor times `lr`; returns the global gradient
+        norm before clipping.
+
+        Where `loss` or that norm is not finite on any rank, none changes anything, and all return
+        a norm that is not finite.
         """
-        for group in self._groups():
-            group["lr"] = lr
-        self._trained = trained
+        with self._only(trained, lr):
+            overflow = self.megatron.prepare_grads()
+            norm: Any = self.megatron.get_grad_norm()
+            finite = not overflow and math.isfinite(norm) and math.isfinite(loss)
+            if parallel.on_any_rank(not finite):
+                return math.nan if math.isfinite(norm) else float(norm)
+            for part in self._parts():
+                clip_grad_by_total_norm_fp32(part.get_parameters(), self.clip_grad, norm)
+            self.megatron.step_with_ready_grads()
+        for unit in self.steps if self.at_switch == "common_step" else trained:
+            self.steps[unit] += 1
+        return float(norm)
+
+    @contextmanager
+    def _only(self, trained: Mapping[Unit, float], lr: float) -> Iterator[None]:
+        """Inside the block the inner optimizers have nothing but the `trained` units."""
+        native = {inner: inner.param_groups for inner in self._unit_of}
+        for inner in native:
+            inner.param_groups = list(self._groups(inner, trained, lr))
+            if hasattr(inner, "param_groups_master"):  # apex walks both lists, to the shorter's end
+                masters = [{"params": [None] * len(g["params"])} for g in inner.param_groups]
+                inner.param_groups_master = masters  # type: ignore[attr-defined]
         try:
-            _, grad_norm, _ = cast("tuple[bool, float | None, Any]", self.megatron.step())
+            yield
         finally:
-            self._trained = None
-        return float(grad_norm or 0.0)
+            for inner, groups in native.items():
+                inner.param_groups = groups
+
+    def _groups(
+        self, inner: torch.optim.Optimizer, trained: Mapping[Unit, float], lr: float
+    ) -> Iterator[dict[str, Any]]:
+        """`inner`'s groups for one step, cut by learning-rate factor and age."""
+        for group in inner.param_groups:
+            cohorts: dict[tuple[float, int], list[Tensor]] = {}
+            for p in group["params"]:
+                unit = self._unit_of[inner][p]
+                if unit in trained:
+                    cohorts.setdefault((trained[unit], self.steps[unit]), []).append(p)
+            for (factor, age), parameters in cohorts.items():
+                if isinstance(inner, torch.optim.Adam):
+                    for p in parameters:
+                        inner.state[p]["step"].fill_(age)
+                yield {**group, "params": parameters, "lr": lr * factor, "step": age}
 
     def zero_grad(self) -> None:
         """Drop the inner optimizer's gradients; without it FP32Optimizer corrupts the next ones
@@ -151,38 +166,12 @@ class PhasedOptimizer:
         """
         self.megatron.zero_grad()
 
-    def _take_gradients_away(self, inner: torch.optim.Optimizer, *_: Any) -> None:
-        assert self._trained is not None, "step through PhasedOptimizer.step"
-        units = self._units[inner]
-        self._frozen_now = [p for p, unit in units.items() if unit not in self._trained]
-        for p in self._frozen_now:
-            p.grad = None
-            if hasattr(p, "decoupled_grad"):
-                p.decoupled_grad = None  # type: ignore[attr-defined]
-
-    def _follow_common_step(self, inner: torch.optim.Optimizer, *_: Any) -> None:
-        if self.at_switch != "common_step" or not isinstance(inner, torch.optim.AdamW):
-            return
-        for p in self._frozen_now:
-            inner.state[p]["step"] += 1
-
-    def steps_by_unit(self) -> dict[Unit, float]:
-        """Updates that each unit's Adam state on this rank has seen; empty for fused optimizers."""
-        return {
-            unit: float(inner.state[p]["step"])
-            for inner, parameters in self._units.items()
-            for p, unit in parameters.items()
-            if isinstance(inner, torch.optim.AdamW)
-        }
-
-    def set_steps(self, steps: Mapping[Unit, float]) -> None:
-        """Set every parameter's own step counter (a tensor each: torch's AdamW counts them up in
-        place).
+    def sharded_state_dict(self, model: dict[str, Any], *, loading: bool, metadata: Any) -> Any:
+        """What Megatron saves or loads of the optimizer, without `steps`; `model`: the same of
+        the model.
         """
-        for inner, parameters in self._units.items():
-            if isinstance(inner, torch.optim.AdamW):
-                for p, unit in parameters.items():
-                    inner.state[p]["step"] = torch.tensor(float(steps[unit]))
+        self._level_counters()
+        return self.megatron.sharded_state_dict(model, is_loading=loading, metadata=metadata)
 
     def load(self, state: Any, steps: Mapping[Unit, float]) -> None:
         """Take over a checkpoint's state, and each unit's own step counter."""
@@ -192,17 +181,8 @@ class PhasedOptimizer:
             self.megatron.load_state_dict(state)
         # Upstream shares one counter tensor between all states: each update would advance it many
         # times.
-        self.set_steps(steps)
-
-    @contextmanager
-    def with_one_step(self) -> Iterator[None]:
-        """Inside the block all counters are equal, as Megatron's checkpoint format demands."""
-        own = self.steps_by_unit()
-        self.set_steps(dict.fromkeys(own, 1.0))
-        try:
-            yield
-        finally:
-            self.set_steps(own)
+        self._level_counters()
+        self.steps |= {unit: int(count) for unit, count in steps.items()}
 
 
 def _inner_parameters(

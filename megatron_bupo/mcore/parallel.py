@@ -72,6 +72,13 @@ def joined(layout: Layout, *, seed: int) -> Iterator[None]:
     shutdown()
 
 
+def on_any_rank(flag: bool) -> bool:
+    """Is `flag` set on any rank at all? Collective."""
+    found = torch.tensor(float(flag), device=cpu.device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
 def pipeline_group() -> dist.ProcessGroup:
     """This rank's peers on the other pipeline stages, itself included."""
     return cast("dist.ProcessGroup", mpu.get_pipeline_model_parallel_group())

@@ -7,7 +7,7 @@ more than one unit beside its own shards. Only units that the step's policy trai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bupo.algorithm.bupo import InternalLayerPolicy, Policy
+from megatron_bupo.config.optimizer_rules import layers_of
 from megatron_bupo.hf.architecture import Architecture, DecoderSizes
 from megatron_bupo.hf.tensors import expected_tensors
 from megatron_bupo.mcore import cpu, parallel
@@ -30,14 +31,22 @@ from megatron_bupo.mcore.hf_weights import (
 )
 
 
-def trained_units(policy: Policy, arch: DecoderSizes) -> list[Unit]:
-    """The units that a step of `policy` changes (appendix A.4), in model order."""
-    skipped = set()
+def trained_units(
+    policy: Policy, arch: DecoderSizes, lr_factors: Mapping[str, float] | None = None
+) -> dict[Unit, float]:
+    """The units that a step of `policy` changes (appendix A.4), in model order, each with its
+    factor on the learning rate; `lr_factors` are those of `optimizer.lr_factors`, 0: frozen.
+    """
+    factors: dict[Unit, float] = {}
+    for key, factor in (lr_factors or {}).items():
+        layers = layers_of(key)
+        factors |= dict.fromkeys(map(layer_unit, layers) if layers else [key], factor)
+    skipped = {unit for unit, factor in factors.items() if factor == 0}
     if isinstance(policy, InternalLayerPolicy):
-        skipped = {layer_unit(n) for n in range(policy.layer + 1, arch.layers + 1)}
+        skipped |= {layer_unit(n) for n in range(policy.layer + 1, arch.layers + 1)}
     if skips_final_norm(policy):
         skipped.add("final_norm")
-    return [unit for unit in units(arch) if unit not in skipped]
+    return {unit: factors.get(unit, 1.0) for unit in units(arch) if unit not in skipped}
 
 
 class WeightStream:
@@ -69,7 +78,7 @@ class WeightStream:
             for unit in names
         }
 
-    def tensors(self, wanted: Sequence[Unit]) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, wanted: Collection[Unit]) -> Iterator[tuple[str, Tensor]]:
         """`(hf_name, full tensor)` of the `wanted` units, the same on every rank. Collective."""
         for unit in wanted:
             yield from self._unit(unit)

@@ -164,6 +164,8 @@ def log_line(record: Mapping[str, Any], steps: int) -> str:
             record,
             ("update/ratio_clipped_fraction", "clip {:.1%}"),
             ("update/grad_norm", "grad {:.2g}"),
+            ("update/skipped", "{:.0f} updates skipped"),
+            hide_zero=("update/skipped",),
         ),
         _entropies(record),
         _joined(

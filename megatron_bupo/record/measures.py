@@ -74,7 +74,9 @@ def mismatch_measures(logprobs: Tensor, batch: TokenBatch) -> dict[str, float]:
 
 
 def update_measures(reports: Sequence[UpdateReport], lr: float) -> dict[str, float]:
-    """Means over the step's updates."""
+    """Means over the step's updates that were made, and the number of those that were not."""
     every: list[Mapping[str, float]] = [report.metrics for report in reports]
-    means = {key: fmean(metrics[key] for metrics in every) for key in every[0]}
-    return {**means, "update/learning_rate": lr}
+    made = [metrics for metrics in every if not metrics["update/skipped"]] or every
+    means = {key: fmean(metrics[key] for metrics in made) for key in every[0]}
+    skipped = sum(metrics["update/skipped"] for metrics in every)
+    return {**means, "update/skipped": skipped, "update/learning_rate": lr}

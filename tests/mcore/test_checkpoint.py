@@ -65,7 +65,7 @@ def _run(trainer: MegatronTrainer, first: int, save_in: Path | None = None) -> C
             trainer.begin_phase()
         lr = 1e-4 * (1 + step)
         reports.append(dict(train_once(trainer, batch, SCHEDULE.policy_at(step), lr).metrics))
-    return Course(reports, draws, snapshot(trainer), trainer.optimizer.steps_by_unit())
+    return Course(reports, draws, snapshot(trainer), trainer.optimizer.steps)
 
 
 def _draws() -> list[float]:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy
-from megatron_bupo.config.schema import OptimizerConfig
-from megatron_bupo.mcore.optimizer import learning_rate
+from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy, PhaseSchedule
+from megatron_bupo.config.schema import BupoConfig, Config, OptimizerConfig
+from megatron_bupo.mcore.learning_rate import learning_rate
 from tests.dense import dense_logprobs, dense_model
 from tests.mcore.actors import (
     another_trainer,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from megatron_bupo.config.schema import Config
     from megatron_bupo.mcore.trainer import MegatronTrainer
     from megatron_bupo.types import TokenBatch
 
@@ -74,10 +73,11 @@ def _optimizer_state(trainer: MegatronTrainer) -> dict[str, list[Tensor]]:
         unit: [held.parameter.detach().clone() for held in parts]
         for unit, parts in trainer.weights.held.items()
     }
-    for inner, parameters in trainer.optimizer._units.items():
+    for inner, parameters in trainer.optimizer._unit_of.items():
         for p, unit in parameters.items():
             state = inner.state[p]
-            moments = [state["exp_avg"], state["exp_avg_sq"], state["step"]]
+            age = torch.tensor(trainer.optimizer.steps[unit])
+            moments = [state["exp_avg"], state["exp_avg_sq"], age]
             kept.setdefault(unit, []).extend(t.detach().clone() for t in (p, *moments))
     return kept
 
@@ -228,20 +228,35 @@ def test_gradients_are_clipped_by_their_global_norm_which_is_reported_unclipped(
 
 
 def test_the_learning_rate_follows_its_closed_form():
-    constant = OptimizerConfig(lr=0.5)
-    assert [learning_rate(step, 4, constant) for step in range(4)] == [0.5] * 4
-    warm = OptimizerConfig(lr=0.6, warmup_steps=3)
-    assert [learning_rate(step, 5, warm) for step in range(5)] == pytest.approx(
-        [0.2, 0.4, 0.6, 0.6, 0.6]
+    def rates(steps: int, **optimizer: Any) -> list[float]:
+        config = Config(steps=steps, optimizer=OptimizerConfig(**optimizer))
+        return [learning_rate(step, config) for step in range(steps)]
+
+    assert rates(4, lr=0.5) == [0.5] * 4
+    assert rates(5, lr=0.6, warmup_steps=3) == pytest.approx([0.2, 0.4, 0.6, 0.6, 0.6])
+    linear = rates(6, lr=1.0, min_lr=0.2, warmup_steps=2, decay="linear")
+    assert linear == pytest.approx([0.5, 1.0, 1.0, 0.8, 0.6, 0.4])
+    assert rates(8, lr=1.0, min_lr=0.1, decay="cosine") == pytest.approx(
+        [0.1 + 0.9 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
     )
-    linear = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=2, decay="linear")
-    assert [learning_rate(step, 6, linear) for step in range(6)] == pytest.approx(
-        [0.5, 1.0, 1.0, 0.8, 0.6, 0.4]
-    )
-    cosine = OptimizerConfig(lr=1.0, min_lr=0.1, decay="cosine")
-    assert [learning_rate(step, 8, cosine) for step in range(9)] == pytest.approx(
-        [0.1 + 0.9 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(9)]
-    )
+
+
+def test_the_learning_rate_warms_up_again_after_each_switch_where_that_is_asked_for():
+    schedule = PhaseSchedule.of([(1, 2), (3, 2)])
+    optimizer = OptimizerConfig(lr=1.0, min_lr=0.0, decay="linear")
+
+    def rates(at_switch: str) -> list[float]:
+        bupo = BupoConfig(optimizer_at_switch=at_switch, switch_warmup_steps=4)
+        config = Config(steps=10, optimizer=optimizer, bupo=bupo)
+        return [
+            learning_rate(step, config, phase_start=schedule.phase_start(step))
+            for step in range(10)
+        ]
+
+    without = [1 - step / 10 for step in range(10)]
+    ramps = [1, 1, 1 / 4, 2 / 4, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1]
+    assert rates("per_layer_step") == pytest.approx(without)
+    assert rates("warmup") == pytest.approx([a * b for a, b in zip(without, ramps, strict=True)])
 
 
 def _bfloat16_logprobs(model_dir: Path, layout: dict[str, Any], batch: TokenBatch) -> list[Tensor]:
