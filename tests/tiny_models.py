@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FAMILIES = ("qwen2", "qwen3", "llama")
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 
 
 def make_tiny_model(
@@ -38,7 +39,7 @@ def make_tiny_model(
 
     `bias` is llama's `attention_bias` and `mlp_bias` and qwen3's `attention_bias` (qwen2's query,
     key and value always have biases). `rope` updates `rope_parameters`, e.g. `{"rope_theta": 5e5}`
-    or `LLAMA3_ROPE`. Further keywords go to the HF config.
+    or `LLAMA3_ROPE`. Further keywords go to the HF config; qwen3_moe's have the defaults `MOE`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -46,6 +47,8 @@ def make_tiny_model(
         config["attention_bias"] = True
         if family == "llama":
             config["mlp_bias"] = True
+    if family == "qwen3_moe":
+        config = {**MOE, "norm_topk_prob": True, **config}
     hf_config = AutoConfig.for_model(
         family,
         num_hidden_layers=layers,

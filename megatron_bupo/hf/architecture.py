@@ -17,8 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bupo.errors import InputError
+from megatron_bupo.hf.experts import Experts, read_experts
+from megatron_bupo.hf.fields import flag, number, size
+from megatron_bupo.hf.rope import read_rope
 
-FAMILIES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
+FAMILIES = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "LlamaForCausalLM": "llama",
+}
 
 _COMMON = {
     "hidden_size": 4096,
@@ -49,20 +57,24 @@ _LLAMA = {
     "max_position_embeddings": 2048,
     "eos_token_id": 2,
 }
-# What a key absent from config.json means, in transformers' Qwen2Config, Qwen3Config, LlamaConfig.
+_QWEN_MOE = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 768,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}
+# What a key absent from config.json means, in transformers' Qwen2Config, Qwen3Config,
+# Qwen3MoeConfig, LlamaConfig.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {**_COMMON, **_QWEN},
     "qwen3": {**_COMMON, **_QWEN, "head_dim": 128},
+    "qwen3_moe": {**_COMMON, **_QWEN, **_QWEN_MOE},
     "llama": {**_COMMON, **_LLAMA},
-}
-_ROPE_NUMBERS = {
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
 }
 
 
@@ -70,14 +82,16 @@ _ROPE_NUMBERS = {
 class DecoderSizes:
     """A decoder-only transformer as far as layouts, lengths and vocabularies ask; whole model."""
 
-    family: str  # qwen2 | qwen3 | llama; the name in `architectures` where it is another
+    # qwen2 | qwen3 | qwen3_moe | llama; the name in `architectures` where it is another
+    family: str
     layers: int
-    ffn_size: int
+    ffn_size: int  # of the layers without experts
     heads: int
     kv_heads: int
     vocab_size: int
     tied: bool  # the unembedding is the embedding
     max_positions: int
+    experts: Experts | None = None  # None: one MLP in every layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,31 +122,32 @@ def read_architecture(model_dir: str | Path) -> Architecture:
     family = _family(path, found)
     raw = {**_DEFAULTS[family], **found}
     _refuse_what_we_do_not_compute(path, raw)
-    heads, hidden_size = _size(path, raw, "num_attention_heads"), _size(path, raw, "hidden_size")
+    heads, hidden_size = size(path, raw, "num_attention_heads"), size(path, raw, "hidden_size")
     raw["num_key_value_heads"] = raw["num_key_value_heads"] or heads
     raw["head_dim"] = raw["head_dim"] or _DEFAULTS[family]["head_dim"] or hidden_size // heads
-    rope_theta, rope_scaling = _rope(path, raw)
-    attention_bias = family != "qwen2" and _flag(path, raw, "attention_bias")
+    rope_theta, rope_scaling = read_rope(path, raw)
+    attention_bias = family != "qwen2" and flag(path, raw, "attention_bias")
     arch = Architecture(
         family=family,
-        layers=_size(path, raw, "num_hidden_layers"),
+        layers=size(path, raw, "num_hidden_layers"),
         hidden_size=hidden_size,
-        ffn_size=_size(path, raw, "intermediate_size"),
+        ffn_size=size(path, raw, "intermediate_size"),
         heads=heads,
-        kv_heads=_size(path, raw, "num_key_value_heads"),
-        head_dim=_size(path, raw, "head_dim"),
-        vocab_size=_size(path, raw, "vocab_size"),
-        tied=_flag(path, raw, "tie_word_embeddings"),
+        kv_heads=size(path, raw, "num_key_value_heads"),
+        head_dim=size(path, raw, "head_dim"),
+        vocab_size=size(path, raw, "vocab_size"),
+        tied=flag(path, raw, "tie_word_embeddings"),
         qkv_bias=family == "qwen2" or attention_bias,
         output_bias=attention_bias,
-        mlp_bias=family == "llama" and _flag(path, raw, "mlp_bias"),
-        qk_norm=family == "qwen3",
-        norm_eps=_number(path, raw, "rms_norm_eps"),
+        mlp_bias=family == "llama" and flag(path, raw, "mlp_bias"),
+        qk_norm=family in {"qwen3", "qwen3_moe"},
+        norm_eps=number(path, raw, "rms_norm_eps"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        max_positions=_size(path, raw, "max_position_embeddings"),
+        max_positions=size(path, raw, "max_position_embeddings"),
         eos_token_ids=_eos_token_ids(folder, raw),
         pad_token_id=raw["pad_token_id"],
+        experts=read_experts(path, raw) if family == "qwen3_moe" else None,
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
     )
     _check_consistency(path, arch)
@@ -210,7 +225,8 @@ def _refuse_what_we_do_not_compute(path: Path, raw: Mapping[str, Any]) -> None:
     layer_types = raw.get("layer_types")
     if layer_types is None:
         windowed = bool(raw.get("use_sliding_window") and raw["sliding_window"])
-        windowed = windowed and raw["max_window_layers"] < raw["num_hidden_layers"]
+        if windowed and raw.get("model_type") != "qwen3_moe":  # which has no such key
+            windowed = raw["max_window_layers"] < raw["num_hidden_layers"]
     else:
         windowed = any(kind != "full_attention" for kind in layer_types)
     if windowed:
@@ -220,34 +236,6 @@ def _refuse_what_we_do_not_compute(path: Path, raw: Mapping[str, Any]) -> None:
             "if prompt and response together are shorter than the window, remove layer_types "
             "and set use_sliding_window to false",
         )
-
-
-def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """RoPE's base and scaling; transformers 5 has both in one mapping, 4 the base beside it."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{path}: rope_scaling={rope}", "is not a mapping", "restore config.json")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    merged = {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
-    merged |= {key: raw[key] for key in merged if raw.get(key) is not None}
-    merged |= {"original_max_position_embeddings": raw["max_position_embeddings"], **rope}
-    by_layer = any(isinstance(value, dict) for value in rope.values())
-    if by_layer or (kind != "default" and kind not in _ROPE_NUMBERS):
-        raise InputError(
-            f"{path}: rope_type={'one per layer type' if by_layer else kind}",
-            "this RoPE scaling is not computed",
-            f"use a checkpoint with {', '.join(_ROPE_NUMBERS)} or no scaling; a context extension "
-            "that was added to config.json by hand can be removed",
-        )
-    if _number(path, merged, "partial_rotary_factor") != 1:
-        raise InputError(
-            f"{path}: partial_rotary_factor={merged['partial_rotary_factor']}",
-            "rotating part of a head is not computed",
-            "use a checkpoint that rotates whole heads",
-        )
-    numbers = {key: _number(path, merged, key) for key in _ROPE_NUMBERS.get(kind, ())}
-    scaling = {"rope_type": kind, **numbers} if numbers else None
-    return _number(path, merged, "rope_theta"), scaling
 
 
 def _eos_token_ids(folder: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
@@ -273,27 +261,3 @@ def _check_consistency(path: Path, arch: Architecture) -> None:
             "Megatron-Core gives a bias to both the attention's output and the MLP or to neither",
             "use a checkpoint where they agree",
         )
-
-
-def _size(path: Path, raw: Mapping[str, Any], key: str) -> int:
-    value = raw[key]
-    if type(value) is not int or value < 1:
-        raise InputError(
-            f"{path}: {key}={value}", "is not a positive integer", "restore config.json"
-        )
-    return value
-
-
-def _number(path: Path, raw: Mapping[str, Any], key: str) -> float:
-    value = raw.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise InputError(
-            f"{path}: {key}={value}", "is not a positive number", "restore config.json"
-        )
-    return float(value)
-
-
-def _flag(path: Path, raw: Mapping[str, Any], key: str) -> bool:
-    if not isinstance(raw[key], bool):
-        raise InputError(f"{path}: {key}={raw[key]}", "is not true or false", "restore config.json")
-    return raw[key]

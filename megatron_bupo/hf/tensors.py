@@ -20,6 +20,7 @@ from megatron_bupo.hf.architecture import Architecture, existing_directory, read
 
 SINGLE_FILE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
+FUSED_EXPERTS = "mlp.experts.gate_up_proj"
 TRAINABLE_DTYPES = {"F64", "F32", "F16", "BF16"}
 
 Shape = tuple[int, ...]
@@ -46,7 +47,7 @@ def expected_tensors(arch: Architecture) -> dict[str, Shape]:
     """HF name -> shape of every tensor of `arch`, in model order; tied: no `lm_head.weight`."""
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (arch.vocab_size, arch.hidden_size)}
     for layer in range(arch.layers):
-        for name, shape in _layer_tensors(arch).items():
+        for name, shape in _layer_tensors(arch, layer + 1).items():
             shapes[f"model.layers.{layer}.{name}"] = shape
     shapes["model.norm.weight"] = (arch.hidden_size,)
     if not arch.tied:
@@ -54,17 +55,15 @@ def expected_tensors(arch: Architecture) -> dict[str, Shape]:
     return shapes
 
 
-def _layer_tensors(arch: Architecture) -> dict[str, Shape]:
-    hidden, ffn = arch.hidden_size, arch.ffn_size
+def _layer_tensors(arch: Architecture, layer: int) -> dict[str, Shape]:
+    hidden = arch.hidden_size
     queries, keys = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     linear = {  # name: (out, in, has a bias)
         "self_attn.q_proj": (queries, hidden, arch.qkv_bias),
         "self_attn.k_proj": (keys, hidden, arch.qkv_bias),
         "self_attn.v_proj": (keys, hidden, arch.qkv_bias),
         "self_attn.o_proj": (hidden, queries, arch.output_bias),
-        "mlp.gate_proj": (ffn, hidden, arch.mlp_bias),
-        "mlp.up_proj": (ffn, hidden, arch.mlp_bias),
-        "mlp.down_proj": (hidden, ffn, arch.mlp_bias),
+        **_mlp_tensors(arch, layer),
     }
     shapes: dict[str, Shape] = {
         "input_layernorm.weight": (hidden,),
@@ -77,6 +76,22 @@ def _layer_tensors(arch: Architecture) -> dict[str, Shape]:
         if has_bias:
             shapes[f"{name}.bias"] = (rows,)
     return shapes
+
+
+def _mlp_tensors(arch: Architecture, layer: int) -> dict[str, tuple[int, int, bool]]:
+    """The MLP of `layer` (from 1), or its router and all its experts."""
+    experts, hidden = arch.experts, arch.hidden_size
+    sizes = {"mlp": arch.ffn_size}
+    router = {}
+    if experts and layer in experts.layers:
+        sizes = {f"mlp.experts.{e}": experts.ffn_size for e in range(experts.number)}
+        router = {"mlp.gate": (experts.number, hidden, False)}
+    mlps = {
+        f"{mlp}.{name}": (*((hidden, ffn) if name == "down_proj" else (ffn, hidden)), arch.mlp_bias)
+        for mlp, ffn in sizes.items()
+        for name in ("gate_proj", "up_proj", "down_proj")
+    }
+    return router | mlps
 
 
 def read_index(model_dir: str | Path) -> CheckpointIndex:
@@ -156,6 +171,11 @@ def check_tensors(arch: Architecture, index: CheckpointIndex) -> None:
     folder = index.model_dir
     if missing := [name for name in expected if name not in found]:
         way_out = "complete the checkpoint, or use the config.json that was saved with it"
+        if any(name.endswith(FUSED_EXPERTS) for name in found):
+            way_out = (
+                "its experts are stacked in one tensor: save it again by transformers' "
+                "save_pretrained, which by default writes a tensor for each"
+            )
         if missing == ["lm_head.weight"]:
             way_out = "if the model is tied, set tie_word_embeddings to true in config.json"
         raise InputError(

@@ -5,11 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_bupo.errors import InputError
 from megatron_bupo.hf.architecture import Architecture, read_architecture
+from megatron_bupo.hf.experts import Experts
 
-CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+CLASSES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 
 QWEN3_4B = {  # as transformers 4 wrote it
     "architectures": ["Qwen3ForCausalLM"],
@@ -33,6 +40,24 @@ QWEN3_4B = {  # as transformers 4 wrote it
     "torch_dtype": "bfloat16",
     "use_sliding_window": False,
     "vocab_size": 151936,
+}
+QWEN3_30B_A3B = QWEN3_4B | {  # likewise
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
 }
 LLAMA3_ROPE = {
     "factor": 32.0,
@@ -106,6 +131,49 @@ def test_llama_3_2_keeps_its_rope_scaling_and_its_three_ends(tmp_path: Path):
     assert not arch.qkv_bias
 
 
+def test_qwen3_30b_a3b_has_experts_in_every_layer(tmp_path: Path):
+    arch = read_architecture(write(tmp_path, QWEN3_30B_A3B))
+    assert arch.experts == Experts(
+        layers=tuple(range(1, 49)), number=128, per_token=8, ffn_size=768, normalized=True
+    )
+    assert arch.qk_norm
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"num_hidden_layers": 2},  # 128 experts: seconds to build
+        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20},
+        {"num_local_experts": 9, "norm_topk_prob": True},  # as transformers 5 writes it
+        {"decoder_sparse_step": 2},
+        {"decoder_sparse_step": 3, "mlp_only_layers": [2, 4]},
+        {"mlp_only_layers": [0, 3]},
+        {"mlp_only_layers": list(range(7))},
+    ],
+    ids=str,
+)
+def test_experts_are_where_transformers_puts_them(tmp_path: Path, knobs: dict[str, Any]):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    arch = read_architecture(
+        write(tmp_path, {"model_type": "qwen3_moe", "num_hidden_layers": 7, **knobs})
+    )
+    config: Any = AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    theirs = {n for n, layer in enumerate(model.model.layers, 1) if hasattr(layer.mlp, "experts")}
+    if not theirs:
+        assert arch.experts is None
+        return
+    assert arch.experts is not None
+    assert set(arch.experts.layers) == theirs
+    block = model.model.layers[min(theirs) - 1].mlp
+    assert arch.experts.number == block.gate.num_experts == block.experts.num_experts
+    assert arch.experts.per_token == block.gate.top_k
+    assert arch.experts.normalized == block.gate.norm_topk_prob
+    assert arch.experts.ffn_size == block.experts.down_proj.shape[-1]
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "sizes": {
@@ -147,8 +215,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", CLASSES)
+# Qwen3-MoE's key-value heads may not be null, and a window is in all its layers or in none.
+NOT = {"qwen3_moe": ("no grouping", "window above the last layer")}
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [(f, v) for f in CLASSES for v in VARIANTS if v not in NOT.get(f, ())],
+)
 def test_a_config_means_what_transformers_reads_in_it(tmp_path: Path, family: str, variant: str):
     from transformers import AutoConfig
 
@@ -197,8 +271,8 @@ def test_an_end_of_sequence_in_generation_config_goes_first(tmp_path: Path):
             {"architectures": ["MixtralForCausalLM"]},
             (
                 "architectures=['MixtralForCausalLM']: this architecture cannot be loaded; use one "
-                "of Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM, or install "
-                "megatron-bridge, which opens others"
+                "of Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM, LlamaForCausalLM, or "
+                "install megatron-bridge, which opens others"
             ),
         ),
         (
@@ -258,6 +332,29 @@ def test_an_end_of_sequence_in_generation_config_goes_first(tmp_path: Path):
             "attention_bias=True, mlp_bias=False: Megatron-Core gives a bias to both the ",
         ),
         (LLAMA_3_2_3B, {"mlp_bias": True}, "attention_bias=False, mlp_bias=True: Megatron-Core "),
+        (
+            QWEN3_30B_A3B,  # a window whatever max_window_layers says
+            {"use_sliding_window": True, "sliding_window": 4096},
+            "sliding_window=4096: sliding-window attention is not computed; ",
+        ),
+        (
+            QWEN3_30B_A3B,
+            {"num_experts_per_tok": 129},
+            "num_experts_per_tok=129: is more than the 128 experts; ",
+        ),
+        (
+            QWEN3_30B_A3B,
+            {"num_experts_per_tok": 1},
+            "num_experts_per_tok=1, norm_topk_prob=true: a single score scaled to sum to 1 is ",
+        ),
+        (QWEN3_30B_A3B, {"num_experts": 0}, "num_experts=0: is not a positive integer"),
+        (QWEN3_30B_A3B, {"mlp_only_layers": 3}, "mlp_only_layers=3: is not a list"),
+        (QWEN3_30B_A3B, {"norm_topk_prob": None}, "norm_topk_prob=None: is not true or false"),
+        (
+            QWEN3_30B_A3B,
+            {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"},
+            "architectures=['Qwen2MoeForCausalLM']: this architecture cannot be loaded; ",
+        ),
     ],
 )
 def test_what_we_would_compute_wrongly_is_refused_by_name(

@@ -62,7 +62,8 @@ def save(folder: Path, tensors: Tensors, *, shards: int = 1) -> Path:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    ("family", "bias"), [("qwen2", False), ("qwen3", False), ("llama", False), ("llama", True)]
+    ("family", "bias"),
+    [("qwen2", False), ("qwen3", False), ("qwen3_moe", False), ("llama", False), ("llama", True)],
 )
 def test_expected_tensors_are_those_that_transformers_saves(
     tiny_model_dir: Callable[..., Path], family: str, bias: bool, tied: bool
@@ -129,6 +130,30 @@ def test_weights_of_a_deeper_model_are_unexpected(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize("layout", [{"mlp_only_layers": [0, 3]}, {"decoder_sparse_step": 2}])
+def test_layers_without_experts_have_one_mlp(
+    tiny_model_dir: Callable[..., Path], layout: dict[str, Any]
+):
+    folder = tiny_model_dir(family="qwen3_moe", layers=5, **layout)
+    check_tensors(read_architecture(folder), read_index(folder))
+
+
+def test_experts_stacked_in_one_tensor_are_told_how_to_part(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+):
+    from transformers import AutoModelForCausalLM
+
+    source = tiny_model_dir(family="qwen3_moe")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    refuse(
+        tmp_path,
+        f"{tmp_path}: model.layers.0.mlp.experts.0.gate_proj.weight (and 47 more): config.json "
+        "asks for it, no file holds it; its experts are stacked in one tensor: save it again by ",
+        read_architecture(source),
+    )
+
+
 def test_biases_that_config_json_does_not_mention_are_unexpected(tmp_path: Path):
     save(tmp_path, zeros(replace(ARCH, qkv_bias=True)))
     refuse(tmp_path, f"{tmp_path / 'model.safetensors'}: model.layers.0.self_attn.k_proj.bias")
@@ -165,7 +190,7 @@ def test_quantized_weights_are_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_harmless_extras_are_passed_over(tmp_path: Path, tied: bool):
-    extras = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)}
+    extras: Tensors = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)}
     if tied:
         extras["lm_head.weight"] = np.zeros((16, 8), np.float32)
     arch = replace(ARCH, tied=tied)
