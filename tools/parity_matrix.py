@@ -25,6 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the cases are the tests'
 
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(1)
     chosen = [case for case in CASES if args.only in case.name]
-    console = Console()
+    console = Console(width=max(120, Console().width))
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             run(case, Path(folder, str(i)))

@@ -81,6 +81,7 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     layout = parallel_sizes(config, world_size)
     if training:
         _minibatches_divide(config)
+        _a_microbatch_holds_any_sequence(config)
     return layout
 
 
@@ -179,6 +180,19 @@ def _minibatches_divide(config: Config) -> None:
             f"rollout.prompts_per_step={prompts}",
             f"does not divide into algorithm.minibatches={minibatches}",
             f"choose rollout.prompts_per_step={-(-prompts // minibatches) * minibatches}",
+        )
+
+
+def _a_microbatch_holds_any_sequence(config: Config) -> None:
+    budget = config.trainer.max_tokens_per_microbatch
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > budget:
+        raise InputError(
+            f"trainer.max_tokens_per_microbatch={budget}",
+            f"is less than one sequence may have: data.max_prompt_tokens="
+            f"{config.data.max_prompt_tokens} + rollout.max_response_tokens="
+            f"{config.rollout.max_response_tokens}",
+            f"choose at least {longest}; parallel.cp shares a sequence's tokens among ranks",
         )
 
 

@@ -135,6 +135,14 @@ def test_every_choice_and_range_is_a_key_of_the_schema():
             ),
         ),
         (
+            "trainer.max_tokens_per_microbatch=2000",
+            (
+                "trainer.max_tokens_per_microbatch=2000: is less than one sequence may have: "
+                "data.max_prompt_tokens=1024 + rollout.max_response_tokens=1024; "
+                "choose at least 2048; parallel.cp shares a sequence's tokens among ranks"
+            ),
+        ),
+        (
             "megatron.tensor_model_parallel_size=2",
             (
                 "megatron.tensor_model_parallel_size=2: parallel.tp says the same; "
