@@ -46,7 +46,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         rollout.max_response_tokens rollout.batch_size algorithm.minibatches bupo.target_layer
         bupo.switch_warmup_steps optimizer.max_skipped_updates
         parallel.tp parallel.pp parallel.vpp parallel.dp parallel.cp parallel.ep parallel.etp
-        trainer.microbatch_size trainer.max_tokens_per_microbatch trainer.logprob_chunk_tokens checkpoint.every checkpoint.keep
+        trainer.microbatch_size trainer.max_tokens_per_microbatch trainer.logprob_chunk_tokens
+        checkpoint.every checkpoint.keep
         evaluation.responses_per_prompt evaluation.max_prompts""",
     ),
     (

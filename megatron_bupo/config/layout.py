@@ -1,9 +1,9 @@
 """Which rank holds which part of the model? Sizes of the groups, and the layers of every stage.
 
 Ranks are ordered as Megatron orders them: tensor-parallel fastest, then context-parallel, then
-data-parallel, then pipeline. Experts have groups of their own over the same ranks of a stage. With `vpp` chunks per stage the layers are dealt out round by round: stage 0, 1, ... of
-chunk 0, then of chunk 1. Example, 8 layers on pp=2, vpp=2: stage 0 holds layers 1-2 and 5-6,
-stage 1 holds 3-4 and 7-8.
+data-parallel, then pipeline. Experts have groups of their own over the ranks of a stage. With `vpp`
+chunks per stage the layers are dealt out round by round: stage 0, 1, ... of chunk 0, then of chunk
+1. Example, 8 layers on pp=2, vpp=2: stage 0 holds layers 1-2 and 5-6, stage 1 holds 3-4 and 7-8.
 """
 
 from __future__ import annotations
