@@ -84,8 +84,8 @@ class PackedAttention(nn.Module):
             )
         parts = [query[:0]]
         for rectangle in row.rectangles:
-            q = query[rectangle.queries].transpose(1, 2)
-            k, v = (x[rectangle.keys].transpose(1, 2) for x in (key, value))
+            q = _batched(query, rectangle.queries)
+            k, v = (_batched(x, rectangle.keys) for x in (key, value))
             out = F.scaled_dot_product_attention(
                 q,
                 k,
@@ -97,8 +97,14 @@ class PackedAttention(nn.Module):
                 enable_gqa=q.shape[1] != k.shape[1],
             )
             parts.append(out.transpose(1, 2).flatten(0, 1))
-        read = torch.cat(parts)[row.read].flatten(1)
+        read = torch.cat(parts).index_select(0, row.read).flatten(1)
         return F.pad(read, (0, 0, 0, row.tokens - len(read))).unsqueeze(1)
+
+
+def _batched(tokens: Tensor, at: Tensor) -> Tensor:
+    """`[tokens, heads, head_dim]` at `[sequences, tokens]` -> `[sequences, heads, tokens, head_dim]`."""
+    # Indexing by brackets would do the same; its backward is slower by half.
+    return tokens.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)
 
 
 class PackedTEAttention(te.TEDotProductAttention if te.HAVE_TE else nn.Module):  # type: ignore[misc]
