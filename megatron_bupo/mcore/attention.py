@@ -102,7 +102,7 @@ class PackedAttention(nn.Module):
 
 
 def _batched(tokens: Tensor, at: Tensor) -> Tensor:
-    """`[tokens, heads, head_dim]` at `[sequences, tokens]` -> `[sequences, heads, tokens, head_dim]`."""
+    """`[tokens, heads, size]` at `[sequences, tokens]` -> `[sequences, heads, tokens, size]`."""
     # Indexing by brackets would do the same; its backward is slower by half.
     return tokens.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)
 
