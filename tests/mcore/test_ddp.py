@@ -9,17 +9,24 @@ import torch
 from torch import Tensor
 
 from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy
-from megatron_bupo.mcore.weight_stream import trained_units
+from megatron_bupo.mcore.weight_stream import WeightStream, trained_units
 from tests.mcore.actors import random_batch, run_config, start_trainer, with_stale_logprobs
 from tests.ranks import run_ranks
 
-BUCKET = 2000  # parameters: several buckets to a layer
+BUCKET = 2000  # parameters: less than a layer
 INTERNAL = InternalLayerPolicy(1)
+OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+INTERLEAVED = {"pp": 2, "vpp": 2, "dp": 2, "distributed_optimizer": True}
 
 
 @pytest.fixture(scope="module")
 def model_dir(tiny_model_dir) -> Path:
-    return tiny_model_dir(family="qwen3", vocab=67, layers=4)
+    return tiny_model_dir(family="qwen3", vocab=67, layers=4, tied=True)
+
+
+@pytest.fixture(scope="module")
+def untied_model_dir(tiny_model_dir) -> Path:
+    return tiny_model_dir(family="qwen3", vocab=67, layers=4, tied=False)
 
 
 def _updated_weights(model_dir: Path, parallel: dict, megatron: dict) -> dict[str, Tensor]:
@@ -42,33 +49,96 @@ def test_replicas_that_leave_buckets_out_learn_as_one_rank_does(
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)
 
 
-def _sent_elements(model_dir: Path) -> dict[str, int]:
-    """Elements that a gradient reduction sends, by policy, and those that the policy trains."""
-    config = run_config(parallel={"dp": 2}, megatron={"bucket_size": BUCKET})
+def _trace(model_dir: Path, parallel: dict, megatron: dict) -> list[Tensor]:
+    """What can be seen of four updates in each phase, and of two in a phase met before."""
+    config = run_config(parallel=parallel, megatron={"bucket_size": BUCKET} | megatron)
     trainer = start_trainer(model_dir, config)
-    sent, all_reduce = [], torch.distributed.all_reduce
+    seen = []
+    for policy in (
+        INTERNAL,
+        INTERNAL,
+        InternalLayerPolicy(3),
+        InternalLayerPolicy(3),
+        FULL,
+        FULL,
+        INTERNAL,
+    ):
+        for _ in range(2):  # the second finds parameters that only a forward pass asks for
+            old, entropies = trainer.logprobs(random_batch(), policy)
+            report = trainer.update(with_stale_logprobs(random_batch(), old), policy, lr=1e-3)
+            loss, norm = report.metrics["update/loss"], report.metrics["update/grad_norm"]
+            seen += [old, entropies, torch.tensor([loss, norm])]
+        seen += [tensor.clone() for _, tensor in trainer.changed_weights(policy)]
+    return [*seen, trainer.logprobs(random_batch(), FULL)[0]]
+
+
+@pytest.mark.parametrize(
+    ("tied", "parallel", "megatron"),
+    [
+        (True, {"dp": 2}, {"overlap_grad_reduce": True}),
+        (True, {"dp": 2, "distributed_optimizer": True}, OVERLAPPED),
+        (False, {"dp": 2, "pp": 2}, {"overlap_grad_reduce": True}),
+        (True, {"dp": 2, "pp": 2, "distributed_optimizer": True}, OVERLAPPED),
+        (False, {"dp": 2, "pp": 2, "distributed_optimizer": True}, OVERLAPPED),
+        (True, INTERLEAVED, OVERLAPPED),
+        (False, INTERLEAVED, {**OVERLAPPED, "align_param_gather": True}),
+    ],
+)
+def test_an_exchange_that_overlaps_with_the_passes_changes_no_bit(
+    model_dir: Path, untied_model_dir: Path, tied: bool, parallel: dict, megatron: dict
+):
+    directory = model_dir if tied else untied_model_dir
+    ranks = parallel["dp"] * parallel.get("pp", 1)
+    expected, *_ = run_ranks(ranks, _trace, directory, parallel, {})
+    for got in run_ranks(ranks, _trace, directory, parallel, megatron):
+        for mine, theirs in zip(got, expected, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def _sent_elements(model_dir: Path, parallel: dict, least: int) -> list[tuple[int, int]]:
+    """Elements that this rank's gradient exchange sends, and those of its trained parameters, for
+    every internal layer policy and the full one.
+    """
+    config = run_config(parallel=parallel, megatron={"bucket_size": least})
+    trainer = start_trainer(model_dir, config)
+    (chunk,), sent, all_reduce = trainer.wrapped, [], torch.distributed.all_reduce
 
     def counting(tensor: Tensor, *args, **kwargs):
         sent.append(tensor.numel())
         return all_reduce(tensor, *args, **kwargs)
 
-    (chunk,), counts = trainer.wrapped, {}
-    for name, policy in {"internal": INTERNAL, "full": FULL}.items():
-        units = trained_units(policy, trainer.arch)
-        trained = {held.parameter for unit in units for held in trainer.weights.held[unit]}
+    counts = []
+    for policy in (*map(InternalLayerPolicy, range(1, trainer.arch.layers)), FULL):
+        units = {"tied unembedding", *trained_units(policy, trainer.arch)}
+        assert isinstance(trainer.weights, WeightStream)
+        held = [part for unit in units for part in trainer.weights.held.get(unit, [])]
+        trained = {part.parameter for part in held}
         sent.clear()
+        chunk.train_only(trained)
         torch.distributed.all_reduce = counting
-        with chunk.exchanging_only(trained):
-            chunk.finish_grad_sync()
+        chunk.finish_grad_sync()
         torch.distributed.all_reduce = all_reduce
-        counts |= {name: sum(sent), f"{name} trained": sum(p.numel() for p in trained)}
+        counts.append((sum(sent), sum(p.numel() for p in trained)))
     return counts
 
 
-def test_a_reduction_sends_what_is_trained_and_at_most_a_bucket_more(model_dir: Path):
-    counts = run_ranks(2, _sent_elements, model_dir)[0]
-    assert counts["full"] == counts["full trained"]
-    beyond = counts["internal"] - counts["internal trained"]
-    largest_parameter = 2 * 32 * 48  # gate and up; a bucket ends with the one that fills it
-    assert 0 <= beyond <= BUCKET + largest_parameter
-    assert counts["internal"] < counts["full"] / 2
+@pytest.mark.parametrize(("pp", "tied"), [(1, False), (2, True), (2, False)])
+def test_on_every_stage_an_exchange_sends_what_is_trained_and_a_norm(
+    model_dir: Path, untied_model_dir: Path, pp: int, tied: bool
+):
+    """The norm after the last layer shifts the buckets' ends by its own size."""
+    directory = model_dir if tied else untied_model_dir
+    for counts in run_ranks(2 * pp, _sent_elements, directory, {"dp": 2, "pp": pp}, BUCKET):
+        for sent, trained in counts:
+            assert trained <= sent <= trained + 32
+        assert counts[-1][0] == counts[-1][1]
+
+
+def test_a_bucket_has_as_many_layers_as_hold_what_was_asked_for(model_dir: Path):
+    layer = 7760
+    (one, *_), (two, *_) = (
+        run_ranks(2, _sent_elements, model_dir, {"dp": 2}, least) for least in (layer, layer + 1)
+    )
+    (first, second, third, fourth), paired = (sent for sent, _ in one), [sent for sent, _ in two]
+    assert first < second < third < fourth
+    assert paired == [second, second, fourth, fourth]
