@@ -16,16 +16,18 @@ from torch import Tensor
 
 from megatron_bupo.algorithm.advantages import token_weights
 from megatron_bupo.algorithm.bupo import Policy
+from megatron_bupo.algorithm.kl import kl_estimates
 from megatron_bupo.algorithm.policy_loss import ClipStatistics, clipped_policy_loss
 from megatron_bupo.config.schema import Config
 from megatron_bupo.hf.architecture import DecoderSizes
-from megatron_bupo.mcore import parallel
-from megatron_bupo.mcore.actor import MegatronActor
+from megatron_bupo.mcore import cpu, parallel
+from megatron_bupo.mcore.actor import MegatronActor, put_together
 from megatron_bupo.mcore.ddp import PhasedDDP, overlap
 from megatron_bupo.mcore.hf_weights import Unit, units
 from megatron_bupo.mcore.microbatches import Microbatch
 from megatron_bupo.mcore.native import build_native
 from megatron_bupo.mcore.optimizer import PhasedOptimizer
+from megatron_bupo.mcore.reference import ReferenceWeights
 from megatron_bupo.mcore.weight_stream import trained_units
 from megatron_bupo.types import TokenBatch, UpdateReport
 
@@ -48,6 +50,10 @@ class MegatronTrainer(MegatronActor):
         self.wrapped = [PhasedDDP(self.native, self._ddp_config(), m) for m in self.wrapped]
         overlap(self.native, self.wrapped)
         self._unit_of = self.weights.unit_of
+        # Before a checkpoint is loaded: on resume too, the reference is the model at model.path.
+        self.reference = (
+            ReferenceWeights(self._unit_of) if config.algorithm.kl_coefficient else None
+        )
         self.optimizer = PhasedOptimizer(
             self.wrapped, self._unit_of, units(arch), config, self.native.params_dtype
         )
@@ -68,13 +74,22 @@ class MegatronTrainer(MegatronActor):
         """The next step is the first to train another policy: see `bupo.optimizer_at_switch`."""
         self.optimizer.begin_phase()
 
-    def update(self, minibatch: TokenBatch, policy: Policy, *, lr: float) -> UpdateReport:
-        """One optimizer update on `minibatch` (with its old log-probs), of the units that
-        `policy` trains. Skipped where its loss or gradient is not finite.
+    def ref_logprobs(self, batch: TokenBatch, policy: Policy, *, temperature: float) -> Tensor:
+        """Log-probs of every response token under `policy` with the weights that training began
+        with, fp32 nats `[responses, tokens]`.
         """
-        assert minibatch.old_logprobs is not None, (
-            "old log-probs come from the same policy, before the update"
-        )
+        assert self.reference is not None, "held only where algorithm.kl_coefficient asks for it"
+        self.gather_parameters()
+        read = trained_units(policy, self.arch)  # those whose learning rate is 0 too
+        with self.reference.in_place_of([p for p, unit in self._unit_of.items() if unit in read]):
+            return self.logprobs(batch, policy, temperature=temperature)[0]
+
+    def update(self, minibatch: TokenBatch, policy: Policy, *, lr: float) -> UpdateReport:
+        """One optimizer update on `minibatch`, of the units that `policy` trains. Skipped where
+        its loss or gradient is not finite.
+
+        Its old log-probs come from the same policy; without any, they are those of now.
+        """
         trained = self.trained(policy)
         parameters = {p for p, unit in self._unit_of.items() if unit in trained}
         for chunk in self.wrapped:
@@ -82,49 +97,68 @@ class MegatronTrainer(MegatronActor):
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         weights = token_weights(minibatch.response_mask, self.config.algorithm.loss_aggregation)
-        columns = (minibatch.old_logprobs, minibatch.advantages, weights)
-        loss = partial(self._loss, [c.flatten() for c in columns])
-        sums = self._run(minibatch, policy, learn=loss)
-        report = self._report(sums)
+        outcomes = self._run(minibatch, policy, learn=partial(self._loss, minibatch, weights))
+        report = self._report([sums for sums, _ in outcomes])
+        scores = None
+        if minibatch.old_logprobs is None:
+            scores = put_together(minibatch, [scored for _, scored in outcomes])
         grad_norm = self.optimizer.step(trained, lr, loss=report["update/loss"])
         skipped = not math.isfinite(grad_norm)
         return UpdateReport(
-            {**report, "update/grad_norm": grad_norm, "update/skipped": float(skipped)}
+            {**report, "update/grad_norm": grad_norm, "update/skipped": float(skipped)}, scores
         )
 
     def _loss(
-        self, columns: list[Tensor], microbatch: Microbatch, hidden: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, token count and sums to report, as Megatron's schedule wants them."""
-        algorithm = self.config.algorithm
-        temperature = self.config.rollout.temperature
-        logprobs, _ = self._read_out(microbatch, hidden, temperature, with_entropy=False)
-        at = microbatch.at.cpu()
-        old, advantages, weights = (c[at].to(logprobs.device) for c in columns)
+        self, minibatch: TokenBatch, weights: Tensor, microbatch: Microbatch, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, tuple[Tensor, Tensor]]]:
+        """Loss, token count and what to report (sums, and the tokens' log-probs and entropies), as
+        Megatron's schedule wants them.
+        """
+        algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
+        old, at = minibatch.old_logprobs, microbatch.at.cpu()
+        logprobs, entropies = self._read_out(
+            microbatch, hidden, temperature, with_entropy=old is None
+        )
+
+        def here(column: Tensor | None) -> Tensor:
+            assert column is not None
+            return column.flatten()[at].to(logprobs.device)
+
         loss, statistics = clipped_policy_loss(
             logprobs,
-            old,
-            advantages,
-            weights,
+            logprobs.detach() if old is None else here(old),
+            here(minibatch.advantages),
+            here(weights),
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
             dual_clip=algorithm.dual_clip,
         )
+        kl = torch.zeros_like(logprobs)
+        if minibatch.ref_logprobs is not None:
+            ref = here(minibatch.ref_logprobs)
+            kl = kl_estimates(logprobs, ref, estimator=algorithm.kl_estimator)
+            if algorithm.kl_in == "loss":
+                loss = loss + algorithm.kl_coefficient * (kl * here(weights)).sum()
         tokens = torch.tensor(len(at), dtype=torch.int, device=loss.device)
-        return loss, tokens, torch.cat((loss.detach().reshape(1), statistics.stacked()))
+        sums = torch.stack((loss.detach(), kl.detach().sum(), *statistics.stacked()))
+        return loss, tokens, (sums, (microbatch.at, torch.stack((logprobs, entropies)).detach()))
 
     def _report(self, sums: list[Tensor]) -> dict[str, float]:
-        total = torch.stack(sums).sum(0) if sums else torch.zeros(1 + len(ClipStatistics.FIELDS))
+        nothing = torch.zeros(2 + len(ClipStatistics.FIELDS), device=cpu.device())
+        total = torch.stack(sums).sum(0) if sums else nothing
         total = parallel.from_last_stage(parallel.sum_over_tokens(total)).double()
-        loss, tokens, ratio, clipped, dual, kl = total.tolist()
+        loss, kl_to_reference, tokens, ratio, clipped, dual, kl_to_old = total.tolist()
         tokens = max(tokens, 1.0)
-        return {
+        report = {
             "update/loss": loss,
             "update/ratio_mean": ratio / tokens,
             "update/ratio_clipped_fraction": clipped / tokens,
             "update/ratio_dual_clipped_fraction": dual / tokens,
-            "update/kl_to_old_nats": kl / tokens,
+            "update/kl_to_old_nats": kl_to_old / tokens,
         }
+        if self.reference is not None:
+            report["update/kl_to_reference_nats"] = kl_to_reference / tokens
+        return report
 
     def gather_parameters(self) -> None:
         """Until the next update parameters may be read without a forward pass. Collective."""
