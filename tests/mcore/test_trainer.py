@@ -9,8 +9,16 @@ import pytest
 import torch
 
 from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy
+from megatron_bupo.config.schema import RolloutConfig
 from tests.dense import dense_logprobs, dense_model, dense_update
-from tests.mcore.actors import random_batch, run_config, start_trainer, with_stale_logprobs
+from tests.mcore.actors import (
+    another_trainer,
+    random_batch,
+    run_config,
+    snapshot,
+    start_trainer,
+    with_stale_logprobs,
+)
 from tests.mcore.test_logprobs import LargestTensor
 from tests.ranks import run_ranks
 
@@ -110,6 +118,46 @@ def test_the_first_update_after_the_old_logprobs_has_a_ratio_of_one(
     assert first["update/ratio_clipped_fraction"] == 0
     assert second["update/kl_to_old_nats"] > 1e-5
     assert second["update/ratio_mean"] != pytest.approx(1, abs=1e-6)
+
+
+def _with_and_without_old_logprobs(
+    model_dir: Path, layout: dict[str, Any], batch: TokenBatch
+) -> list[dict[str, Any]]:
+    """For each policy, an update after a pass for its old log-probs, and the same without one."""
+    config = run_config(parallel=layout, rollout=RolloutConfig(temperature=0.7))
+    one, other = start_trainer(model_dir, config), another_trainer(model_dir, config)
+    answers = []
+    for policy in (INTERNAL, FULL):
+        scores = one.logprobs(batch, policy, temperature=0.7)
+        passed = one.update(batch.with_old_logprobs(scores[0]), policy, lr=1e-2)
+        skipped = other.update(batch, policy, lr=1e-2)
+        assert passed.scores is None
+        assert skipped.scores is not None
+        answers.append(
+            {
+                "metrics": [passed.metrics, skipped.metrics],
+                "scores": [scores, skipped.scores],
+                "weights": [snapshot(one), snapshot(other)],
+            }
+        )
+    return answers
+
+
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS.values(), ids=LAYOUTS)
+def test_without_old_logprobs_an_update_is_the_same_to_the_bit_and_says_what_the_pass_would(
+    ranks: int, layout: dict[str, Any], tiny_model_dir: Callable[..., Path]
+):
+    model_dir, batch = tiny_model_dir(**MODEL), random_batch()
+    for answers in run_ranks(ranks, _with_and_without_old_logprobs, model_dir, layout, batch):
+        for answer in answers:
+            passed, skipped = answer["metrics"]
+            assert passed == skipped
+            assert skipped["update/ratio_mean"] == 1
+            assert skipped["update/kl_to_old_nats"] == 0
+            for scored in zip(*answer["scores"], strict=True):
+                assert torch.equal(*scored)
+            before, after = answer["weights"]
+            assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def _largest_tensor(model_dir: Path, batch: TokenBatch, policy: Any) -> int:
