@@ -13,7 +13,7 @@ layers: as few as hold `megatron.bucket_size` parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -130,7 +130,8 @@ class PhasedDDP(DistributedDataParallel):
             param.grad_added_to_main_grad = False
         for group in self._groups:
             group.zero_gradients()
-        for buffer in (*self.buffers, *self.expert_parallel_buffers):
+        buffers: list[Any] = [*cast("list[Any]", self.buffers), *self.expert_parallel_buffers]
+        for buffer in buffers:
             extra: list[Tensor] = getattr(buffer, "extra_main_grads", [])  # since 0.18
             for gradient in extra:
                 gradient.zero_()

@@ -16,7 +16,8 @@ from tests.ranks import run_ranks
 BUCKET = 2000  # parameters: less than a layer
 INTERNAL = InternalLayerPolicy(1)
 OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
-INTERLEAVED = {"pp": 2, "vpp": 2, "dp": 2, "distributed_optimizer": True}
+ALIGNED = {**OVERLAPPED, "align_param_gather": True}
+DISTRIBUTED = {"distributed_optimizer": True}
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +50,18 @@ def test_replicas_that_leave_buckets_out_learn_as_one_rank_does(
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)
 
 
-def _trace(model_dir: Path, parallel: dict, megatron: dict) -> list[Tensor]:
-    """What can be seen of four updates in each phase, and of two in a phase met before."""
-    config = run_config(parallel=parallel, megatron={"bucket_size": BUCKET} | megatron)
-    trainer = start_trainer(model_dir, config)
+def _trace(model_dir: Path, parallel: dict, lr_factors: dict, megatron: dict) -> list[Tensor]:
+    """What can be seen of a run up through the model, and of its return to where it was."""
+    trainer = start_trainer(
+        model_dir,
+        run_config(
+            parallel=parallel,
+            megatron={"bucket_size": BUCKET, **megatron},
+            optimizer={"lr_factors": lr_factors},
+        ),
+    )
     seen = []
-    for policy in (
-        INTERNAL,
-        INTERNAL,
-        InternalLayerPolicy(3),
-        InternalLayerPolicy(3),
-        FULL,
-        FULL,
-        INTERNAL,
-    ):
+    for policy in (INTERNAL, INTERNAL, InternalLayerPolicy(3), FULL, FULL, INTERNAL):
         for _ in range(2):  # the second finds parameters that only a forward pass asks for
             old, entropies = trainer.logprobs(random_batch(), policy)
             report = trainer.update(with_stale_logprobs(random_batch(), old), policy, lr=1e-3)
@@ -73,24 +72,26 @@ def _trace(model_dir: Path, parallel: dict, megatron: dict) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("tied", "parallel", "megatron"),
+    ("tied", "parallel", "frozen", "megatron"),
     [
-        (True, {"dp": 2}, {"overlap_grad_reduce": True}),
-        (True, {"dp": 2, "distributed_optimizer": True}, OVERLAPPED),
-        (False, {"dp": 2, "pp": 2}, {"overlap_grad_reduce": True}),
-        (True, {"dp": 2, "pp": 2, "distributed_optimizer": True}, OVERLAPPED),
-        (False, {"dp": 2, "pp": 2, "distributed_optimizer": True}, OVERLAPPED),
-        (True, INTERLEAVED, OVERLAPPED),
-        (False, INTERLEAVED, {**OVERLAPPED, "align_param_gather": True}),
+        (True, {"dp": 2}, {}, {"overlap_grad_reduce": True}),
+        (True, {"dp": 2, **DISTRIBUTED}, {"2": 0.0, "embedding": 0.0}, OVERLAPPED),
+        (True, {"dp": 2, "pp": 2, **DISTRIBUTED}, {}, OVERLAPPED),
+        (False, {"dp": 2, "pp": 2, "vpp": 2, **DISTRIBUTED}, {"1": 0.0}, ALIGNED),
     ],
 )
 def test_an_exchange_that_overlaps_with_the_passes_changes_no_bit(
-    model_dir: Path, untied_model_dir: Path, tied: bool, parallel: dict, megatron: dict
+    model_dir: Path,
+    untied_model_dir: Path,
+    tied: bool,
+    parallel: dict,
+    frozen: dict,
+    megatron: dict,
 ):
     directory = model_dir if tied else untied_model_dir
     ranks = parallel["dp"] * parallel.get("pp", 1)
-    expected, *_ = run_ranks(ranks, _trace, directory, parallel, {})
-    for got in run_ranks(ranks, _trace, directory, parallel, megatron):
+    expected, *_ = run_ranks(ranks, _trace, directory, parallel, frozen, {})
+    for got in run_ranks(ranks, _trace, directory, parallel, frozen, megatron):
         for mine, theirs in zip(got, expected, strict=True):
             assert torch.equal(mine, theirs)
 
