@@ -15,7 +15,8 @@ from tests.ranks import run_ranks
 
 BUCKET = 2000  # parameters: less than a layer
 INTERNAL = InternalLayerPolicy(1)
-OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+OVERLAPPED_GRADS = {"overlap_grad_reduce": True}
+OVERLAPPED = {**OVERLAPPED_GRADS, "overlap_param_gather": True}
 ALIGNED = {**OVERLAPPED, "align_param_gather": True}
 DISTRIBUTED = {"distributed_optimizer": True}
 
@@ -74,7 +75,7 @@ def _trace(model_dir: Path, parallel: dict, lr_factors: dict, megatron: dict) ->
 @pytest.mark.parametrize(
     ("tied", "parallel", "frozen", "megatron"),
     [
-        (True, {"dp": 2}, {}, {"overlap_grad_reduce": True}),
+        (True, {"dp": 2}, {}, OVERLAPPED_GRADS),
         (True, {"dp": 2, **DISTRIBUTED}, {"2": 0.0, "embedding": 0.0}, OVERLAPPED),
         (True, {"dp": 2, "pp": 2, **DISTRIBUTED}, {}, OVERLAPPED),
         (False, {"dp": 2, "pp": 2, "vpp": 2, **DISTRIBUTED}, {"1": 0.0}, ALIGNED),
@@ -94,6 +95,31 @@ def test_an_exchange_that_overlaps_with_the_passes_changes_no_bit(
     for got in run_ranks(ranks, _trace, directory, parallel, frozen, megatron):
         for mine, theirs in zip(got, expected, strict=True):
             assert torch.equal(mine, theirs)
+
+
+def _under_way(model_dir: Path) -> list[list[bool]]:
+    """At the end of each update's backward pass: is the exchange of a bucket under way?"""
+    config = run_config(parallel={"dp": 2}, megatron={"bucket_size": BUCKET, **OVERLAPPED_GRADS})
+    trainer = start_trainer(model_dir, config)
+    (chunk,), seen = trainer.wrapped, []
+    finish = chunk.finish_grad_sync
+
+    def looking(*args, **kwargs):
+        seen.append([group.grad_reduce_handle is not None for group in chunk.bucket_groups])
+        finish(*args, **kwargs)
+
+    chunk.finish_grad_sync = looking
+    for policy in (INTERNAL, INTERNAL, INTERNAL, FULL, FULL):
+        old, _ = trainer.logprobs(random_batch(), policy)
+        trainer.update(random_batch().with_old_logprobs(old), policy, lr=1e-3)
+    return seen
+
+
+def test_trained_buckets_are_under_way_before_the_backward_pass_ends(model_dir: Path):
+    internal, full = [False, False, False, True, True], [True] * 5  # 4 layers, and the embedding
+    at_first, switched = [False] * 5, [False] * 4 + [True]  # where what is trained is another
+    for seen in run_ranks(2, _under_way, model_dir):
+        assert seen == [at_first, internal, internal, switched, full]
 
 
 def _sent_elements(model_dir: Path, parallel: dict, least: int) -> list[tuple[int, int]]:
