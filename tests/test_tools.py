@@ -116,3 +116,22 @@ def test_a_step_is_taken_apart_under_each_layout_in_each_phase(tmp_path: Path, b
         parts = sum(row[f"{part}_ms"] for part in (*PARTS, "rest"))
         assert row["step_ms"] == pytest.approx(parts)
         assert row["cpu_ms"] > 0
+
+
+def test_throughput_counts_the_models_own_operations(tmp_path: Path):
+    from tools.bench_throughput import main
+
+    sizes = ("--responses=4", "--prompt-tokens=3", "--response-tokens=5", "--repeats=1")
+    report = _json_of(main, tmp_path / "speed.json", *sizes, "--peak-tflops=2")
+    internal, full = report["rows"]
+    assert (internal["layer"], full["layer"]) == (2, 12)
+    for row in (internal, full):
+        assert row["mfu"] == pytest.approx(row["tflops_per_rank"] / 2)
+    # Matrices of a layer: queries and output 128 x 128, keys and values 64 x 128, MLP 3 x 384 x 128.
+    a_layer = 2 * 128 * 128 + 2 * 64 * 128 + 3 * 384 * 128
+    flops = {
+        row["layer"]: row["tflops_per_rank"] * row["seconds"] * 1e12 / 4 for row in (internal, full)
+    }
+    tokens = full["tokens_per_s"] * full["seconds"]
+    per_layer = (flops[12] - flops[2]) / 10
+    assert 2 * a_layer * tokens < per_layer < 2.1 * a_layer * tokens  # attention is the rest
