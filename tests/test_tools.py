@@ -127,7 +127,7 @@ def test_throughput_counts_the_models_own_operations(tmp_path: Path):
     assert (internal["layer"], full["layer"]) == (2, 12)
     for row in (internal, full):
         assert row["mfu"] == pytest.approx(row["tflops_per_rank"] / 2)
-    # Matrices of a layer: queries and output 128 x 128, keys and values 64 x 128, MLP 3 x 384 x 128.
+    # Queries and output 128 x 128, keys and values 64 x 128, MLP 3 x 384 x 128.
     a_layer = 2 * 128 * 128 + 2 * 64 * 128 + 3 * 384 * 128
     flops = {
         row["layer"]: row["tflops_per_rank"] * row["seconds"] * 1e12 / 4 for row in (internal, full)
