@@ -2,24 +2,33 @@
 parallelism.
 
 A row of logits costs as much as the model's widest activation, so logits exist for one chunk of
-rows at a time, in the forward pass and, recomputed, in the backward pass. With T the sampling
-temperature, E the unembedding and Z = sum_v exp(E_v h / T)::
+rows at a time, in one buffer that every step works on in place: in the forward pass and, computed
+again, in the backward pass. With T the sampling temperature, E the unembedding and
+Z = sum_v exp(E_v h / T)::
 
     log p(y)     = E_y h / T - log Z            d log p(y) / d logits = onehot(y) - p
     H            = log Z - sum_v p_v E_v h / T  d H / d logits        = -p (log p + H)
 
-Each rank holds the rows of E for its part of the vocabulary. Forward needs two small all-reduces a
-chunk (maximum; sums); backward needs none, because log Z and H are kept.
+Each rank holds the rows of E for its part of the vocabulary. Forward needs two small all-reduces
+(the maxima; the sums beside them), backward none, because log Z and H are kept.
+
+Products are summed and kept in fp32 whatever the weights' dtype. That holds for the gradient of E
+over all chunks and micro-batches too: it is added to Megatron's fp32 gradient buffer as it arises.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_NEVER = -1e30  # the logit of padding: exp() is 0, and products with that are 0, not NaN
+_PIECE = 2**23  # elements of what is copied beside the logits, at a time
+_MIXED_GEMM = torch.__version__ >= "2.10"  # CUDA adds a product of bf16 matrices to an fp32 one
 
 
 @dataclass(frozen=True)
@@ -33,37 +42,102 @@ class VocabShard:
     group: dist.ProcessGroup | None  # the tensor-parallel group; None: the vocabulary is whole
 
 
-def _logits(hidden: Tensor, weight: Tensor, shard: VocabShard, temperature: float) -> Tensor:
-    """fp32 `[rows, vocab shard]`, padding at -inf."""
-    logits = (hidden.to(weight.dtype) @ weight.t()).float()
-    if temperature != 1.0:
-        logits /= temperature
-    if shard.valid < weight.shape[0]:
-        logits[:, shard.valid :] = -torch.inf
-    return logits
+def _add_product(out: Tensor, a: Tensor, b: Tensor, *, beta: int = 1, alpha: float = 1.0) -> None:
+    """`out = beta * out + alpha * a @ b`, with `out` in fp32, in place."""
+    if a.dtype is not torch.float32 and _needs_no_copy(a):
+        torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
+    else:
+        out.addmm_(a.float(), b.float(), beta=beta, alpha=alpha)
 
 
-def _reduce(tensor: Tensor, shard: VocabShard, op: Any) -> Tensor:
-    if shard.group is not None and shard.group.size() > 1:
-        dist.all_reduce(tensor, op=op, group=shard.group)
-    return tensor
+def _needs_no_copy(a: Tensor) -> bool:
+    return a.dtype is torch.float32 or (a.is_cuda and _MIXED_GEMM)
 
 
-def _chunk_statistics(
-    logits: Tensor, targets: Tensor, shard: VocabShard, *, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log-probs, log Z and entropies of one chunk's rows, each `[rows]`; consumes `logits`."""
-    local = targets - shard.first
-    mine = (local >= 0) & (local < shard.valid)
-    at = local.clamp(0, max(shard.valid - 1, 0)).unsqueeze(1)
-    top = _reduce(logits.max(dim=1).values, shard, dist.ReduceOp.MAX)
-    target_logit = torch.where(mine, logits.gather(1, at).squeeze(1) - top, 0.0)
-    shifted = logits.sub_(top.unsqueeze(1))
-    weights = shifted.exp()
-    expected = shifted.clamp_(min=-1e30).mul_(weights).sum(1) if entropy else torch.zeros_like(top)
-    sums = _reduce(torch.stack((weights.sum(1), target_logit, expected)), shard, dist.ReduceOp.SUM)
-    log_z = sums[0].log()
-    return sums[1] - log_z, log_z + top, log_z - sums[2] / sums[0]
+def _slabs(weight: Tensor, rows: int) -> Iterator[slice]:
+    """The vocabulary cut so that a slab of `weight`, or of `rows` logits, can be copied."""
+    vocab, hidden = weight.shape
+    width = max(1, _PIECE // max(rows, hidden))
+    return (slice(start, start + width) for start in range(0, vocab, width))
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, shard: VocabShard, temperature: float, chunk: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Each chunk's rows and their logits, fp32 `[chunk, vocab shard]`, which the next overwrite."""
+    total, chunk = len(hidden), max(1, min(chunk, len(hidden)))
+    slabs = [slice(None)] if _needs_no_copy(weight) else list(_slabs(weight, chunk))
+    buffer = torch.empty(chunk, len(weight), dtype=torch.float32, device=hidden.device)
+    for start in range(0, max(total, 1), chunk):  # a chunk of no rows where there are none
+        rows = slice(start, min(start + chunk, total))
+        h, logits = hidden[rows], buffer[: rows.stop - start]
+        for slab in slabs:
+            _add_product(logits[:, slab], h, weight[slab].t(), beta=0, alpha=1 / temperature)
+        if shard.valid < len(weight):
+            logits[:, shard.valid :] = _NEVER
+        yield rows, logits
+
+
+def _rows_of_a_piece(logits: Tensor) -> int:
+    return max(1, _PIECE // logits.shape[1])
+
+
+def _sums(shifted: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor]:
+    """sum_v exp(s_v), and sum_v s_v exp(s_v) or zeros, each `[chunk]`; consumes `shifted`."""
+    if not entropy:
+        weights = shifted.exp_().sum(1)
+        return weights, torch.zeros_like(weights)
+    found = []
+    for piece in shifted.split(_rows_of_a_piece(shifted)):
+        weights = piece.exp()
+        found.append((weights.sum(1), piece.mul_(weights).sum(1)))
+    weights, expected = zip(*found, strict=True)
+    return torch.cat(weights), torch.cat(expected)
+
+
+def _over_ranks(  # noqa: PLR0917 - the four of `forward`
+    own: Tensor, target: Tensor, weights: Tensor, expected: Tensor, mine: Tensor, shard: VocabShard
+) -> tuple[Tensor, ...]:
+    """What each rank found in its part of the vocabulary, of the whole one."""
+    if shard.group is None or shard.group.size() == 1 or not len(own):
+        return own, target, weights, expected
+    top = own.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
+    lower = own - top
+    share = lower.exp()
+    sums = torch.stack((target * mine, share * weights, share * (expected + lower * weights)))
+    dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=shard.group)
+    return top, *sums
+
+
+def _times_exp(shifted: Tensor, constant: Tensor, slope: Tensor) -> Tensor:
+    """exp(s) (constant + slope s) `[chunk, vocab shard]`, in place."""
+    columns = (shifted, constant.unsqueeze(1), slope.unsqueeze(1))
+    rows = _rows_of_a_piece(shifted)
+    for s, c, k in zip(*(column.split(rows) for column in columns), strict=True):
+        weights = s.exp()
+        s.mul_(k).add_(c).mul_(weights)
+    return shifted
+
+
+def _push_back(grad: Tensor, hidden: Tensor, weight: Tensor, grad_weight: Tensor | None) -> Tensor:
+    """What `grad`, d loss / d logits of a chunk, gives to its hidden states, in fp32; what it gives
+    to `weight` is added to `grad_weight`.
+    """
+    grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+    slabs = [slice(None)] if weight.dtype is torch.float32 else _slabs(weight, len(grad))
+    for slab in slabs:
+        g = grad[:, slab].to(weight.dtype)
+        _add_product(grad_hidden, g, weight[slab])
+        if grad_weight is not None:
+            _add_product(grad_weight[slab], g.t(), hidden)
+    return grad_hidden
+
+
+def _gradient_buffer(weight: Tensor) -> Tensor | None:
+    """Megatron's buffer for the gradient of `weight`, where there is one in fp32."""
+    buffer = getattr(weight, "main_grad", None)
+    return buffer if buffer is not None and buffer.dtype is torch.float32 else None
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -78,43 +152,63 @@ class _ChunkedLogprobs(torch.autograd.Function):
         chunk: int,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        parts = [
-            _chunk_statistics(_logits(h, weight, shard, temperature), y, shard, entropy=entropy)
-            for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        ]
-        logprobs, log_z, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, weight, targets, log_z, entropies)
-        ctx.shard, ctx.temperature, ctx.chunk, ctx.entropy = shard, temperature, chunk, entropy
+        local = targets - shard.first
+        at = local.clamp(0, max(shard.valid - 1, 0))
+        mine, at = at == local, at.unsqueeze(1)
+        # Of each row of logits z: the maximum m; the target's z; the sums of `_sums` for s = z - m.
+        found = []
+        for rows, logits in _chunks(hidden, weight, shard, temperature, chunk):
+            top = logits.amax(1)
+            target = logits.gather(1, at[rows]).squeeze(1)
+            found.append((top, target, *_sums(logits.sub_(top.unsqueeze(1)), entropy=entropy)))
+        whole = (torch.cat(parts) for parts in zip(*found, strict=True))
+        top, target, weights, expected = _over_ranks(*whole, mine=mine, shard=shard)
+        log_weights, mean = weights.log(), expected / weights
+        ctx.save_for_backward(hidden, weight, at, mine, top, weights, mean)
+        ctx.shard, ctx.temperature, ctx.chunk = shard, temperature, chunk
+        ctx.buffer = _gradient_buffer(weight)  # not a saved tensor: those must not change
+        ctx.set_materialize_grads(False)  # what the loss leaves out costs nothing
+        entropies = log_weights - mean if entropy else mean
         if not entropy:
             ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
+        return target - top - log_weights, entropies
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grad_logprobs, grad_entropies = grads
-        saved: tuple[Tensor, ...] = ctx.saved_tensors
-        hidden, weight, targets, log_z, entropies = saved
-        shard: VocabShard = ctx.shard
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, hidden.shape[0], ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            logits = _logits(hidden[rows], weight, shard, ctx.temperature)
-            log_p = logits.sub_(log_z[rows].unsqueeze(1))
-            p = log_p.exp()
-            pull = grad_logprobs[rows].unsqueeze(1)
-            grad = p * -pull
-            if ctx.entropy:
-                surprise = log_p.clamp_(min=-1e30).add_(entropies[rows].unsqueeze(1))
-                grad -= p * surprise * grad_entropies[rows].unsqueeze(1)
-            local = targets[rows] - shard.first
-            mine = ((local >= 0) & (local < shard.valid)).unsqueeze(1)
-            at = local.clamp(0, max(shard.valid - 1, 0)).unsqueeze(1)
-            grad.scatter_add_(1, at, torch.where(mine, pull, 0.0))
-            grad = (grad / ctx.temperature).to(weight.dtype)
-            grad_hidden[rows] = (grad @ weight).to(hidden.dtype)
-            grad_weight += (grad.t() @ hidden[rows].to(weight.dtype)).float()
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, at, mine, top, weights, mean = ctx.saved_tensors
+        pull, entropy_pull = (None if g is None else g / ctx.temperature for g in grads)
+        pull = torch.zeros_like(top) if pull is None else pull
+        # With p = exp(s) / W and log p + H = s - mean, the gradient of the logits is
+        # exp(s) (constant + slope s), and at the target `pull` more.
+        slope = None if entropy_pull is None else -entropy_pull / weights
+        constant = -pull / weights if slope is None else -pull / weights - slope * mean
+        top, pull = top.unsqueeze(1), (pull * mine).unsqueeze(1)
+
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:
+            straight = ctx.buffer is not None
+            grad_weight = ctx.buffer if straight else torch.zeros_like(weight, dtype=torch.float32)
+        for rows, logits in _chunks(hidden, weight, ctx.shard, ctx.temperature, ctx.chunk):
+            shifted = logits.sub_(top[rows])
+            if slope is None:
+                grad = shifted.exp_().mul_(constant[rows].unsqueeze(1))
+            else:
+                grad = _times_exp(shifted, constant[rows], slope[rows])
+            grad.scatter_add_(1, at[rows], pull[rows])
+            grad_hidden[rows] = _push_back(grad, hidden[rows], weight, grad_weight)
+        return grad_hidden, _handed_over(grad_weight, weight, ctx.buffer), *[None] * 5
+
+
+def _handed_over(gradient: Tensor | None, weight: Tensor, buffer: Tensor | None) -> Tensor | None:
+    """What autograd is told of the gradient of `weight`.
+
+    Megatron's hook adds what arrives to its buffer, the embedding's part too where the two are
+    tied, and insists on something to arrive. What stands in the buffer already is told as a sparse
+    gradient without entries: nothing to allocate, to add or to count twice.
+    """
+    if gradient is None or gradient is not buffer:
+        return gradient if gradient is None else gradient.to(weight.dtype)
+    return torch.zeros_like(weight, layout=torch.sparse_coo)
 
 
 def chunked_logprobs(
@@ -134,10 +228,7 @@ def chunked_logprobs(
     the backward of `copy_to_tensor_model_parallel_region` does. Entropies are zero without
     `with_entropy`.
     """
-    if hidden.shape[0] == 0:  # keeps the graph, for pipeline stages that expect a gradient
-        nothing = (hidden.sum() + weight.sum() * 0).expand(0).float()
-        return nothing, nothing.detach()
     logprobs, entropies = _ChunkedLogprobs.apply(
-        hidden, weight, targets, shard, temperature, chunk_tokens, with_entropy
+        hidden.to(weight.dtype), weight, targets, shard, temperature, chunk_tokens, with_entropy
     )
-    return logprobs, entropies if with_entropy else torch.zeros_like(entropies)
+    return logprobs, entropies
