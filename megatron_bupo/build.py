@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from megatron_bupo.mcore.model import DTYPES
 from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.preflight import Preflight
 from megatron_bupo.record.figure import draw_run
+from megatron_bupo.record.heartbeat import Heartbeat
 from megatron_bupo.record.journal import Journal
 from megatron_bupo.record.skipped import SkippedUpdates
 from megatron_bupo.record.summary import summarise
@@ -111,19 +113,21 @@ class Run:
         it. Collective.
         """
         if self.config.checkpoint.export_hf:
-            weights = self.trainer.all_weights()
-            if dist.get_rank() == 0:
-                model_dir = Path(expand(self.config.model.path))
-                write_checkpoint(
-                    self.run_dir / "hf", weights, like=model_dir, dtype=self.config.model.dtype
-                )
-            for _ in weights:
-                pass  # the other ranks do their part of the gathering
+            with self.journal.doing("export"):
+                self._export()
         if dist.get_rank() == 0:
             figure = draw_run(self.run_dir)
             paragraph = summarise(self.run_dir, self.config, world_size=self.world)
             metrics = self.run_dir / "metrics.jsonl"
             self.journal.conclude(f"\n{paragraph}\nmetrics {metrics}, plot {figure}")
+
+    def _export(self) -> None:
+        model_dir, dtype = Path(expand(self.config.model.path)), self.config.model.dtype
+        weights = self.trainer.all_weights()
+        if dist.get_rank() == 0:
+            write_checkpoint(self.run_dir / "hf", weights, like=model_dir, dtype=dtype)
+        for _ in weights:
+            pass  # the other ranks do their part of the gathering
 
 
 def _noise_seed(*keys: int) -> int:
@@ -135,7 +139,10 @@ def build(ready: Preflight) -> Run:
     config, arch = ready.config, ready.architecture
     run_dir, model_dir = Path(expand(config.run_dir)), expand(config.model.path)
     with ExitStack() as stack:
-        grader = Grader(config.reward)  # first: its process starts while the rest loads
+        if stall_s := config.logging.stall_s:
+            rank, world = int(os.environ.get("RANK", "0")), ready.layout.world
+            stack.enter_context(Heartbeat(run_dir, rank=rank, world=world, stall_s=stall_s))
+        grader = Grader(config.reward)  # early: its process starts while the rest loads
         stack.callback(grader.close)
         stack.enter_context(parallel.joined(ready.layout, seed=config.seed))
         tokenizer = load_tokenizer(expand(config.model.tokenizer or config.model.path))

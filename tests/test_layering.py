@@ -20,16 +20,17 @@ MAY_IMPORT = {
     "types": set(),
     "errors": set(),
     "collective": set(),
+    "progress": set(),
     "checkpoints": {"errors"},
     "config": {"errors"},
     "hf": {"types", "errors"},
     "algorithm": {"types"},
     "data": {"types", "config", "errors"},
-    "rewards": {"types", "config", "errors", "collective"},
-    "rollout": {"types", "config", "errors", "collective", "hf"},
+    "rewards": {"types", "config", "errors", "collective", "progress"},
+    "rollout": {"types", "config", "errors", "collective", "progress", "hf"},
     "evaluation": {"types", "config", "rewards", "rollout"},
-    "mcore": {"types", "config", "errors", "checkpoints", "algorithm", "hf"},
-    "record": {"types", "config", "errors", "algorithm"},
+    "mcore": {"types", "config", "errors", "progress", "checkpoints", "algorithm", "hf"},
+    "record": {"types", "config", "errors", "progress", "algorithm"},
     "bed": {"types", "config", "errors", "data", "hf"},
 }
 # What puts the parts together may import all of them.
@@ -54,6 +55,7 @@ ONLY_IN = {
 ONLY_OTHERS = {
     "types": {"torch"},
     "errors": set(),
+    "progress": set(),
     "config": {"omegaconf", "yaml"},
     "algorithm": {"torch"},
 }

@@ -21,6 +21,7 @@ from megatron_bupo.config.parallel_rules import (
     check_parallel_against_model,
 )
 from megatron_bupo.config.schema import Config
+from megatron_bupo.config.timeouts import check_timeouts
 from megatron_bupo.errors import InputError
 
 __all__ = ["Layout", "check", "check_against_model", "parallel_sizes"]
@@ -54,7 +55,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "at least 0",
         lambda x: x >= 0,
         """seed algorithm.kl_coefficient bupo.internal_steps optimizer.lr optimizer.min_lr
-        optimizer.warmup_steps optimizer.weight_decay evaluation.every evaluation.temperature""",
+        optimizer.warmup_steps optimizer.weight_decay evaluation.every evaluation.temperature
+        logging.stall_s""",
     ),
     (
         "greater than 0",
@@ -77,6 +79,7 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     _schedule_is_one_of_two_kinds(config)
     _stages_go_bottom_up(config)
     check_parallel(config)
+    check_timeouts(config)
     _evaluation_has_data(config)
     refuse_owned_keys(config.megatron)
     layout = parallel_sizes(config, world_size)

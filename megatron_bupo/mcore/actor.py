@@ -17,6 +17,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_bupo import progress
 from megatron_bupo.algorithm.bupo import Policy
 from megatron_bupo.config.schema import Config
 from megatron_bupo.hf.architecture import Architecture, DecoderSizes
@@ -126,6 +127,7 @@ class MegatronActor:
         def forward(
             iterator: Iterator[Microbatch], wrapped: Any
         ) -> tuple[Tensor, Callable[..., Any]]:
+            progress.beat()
             microbatch = next(iterator)
             gpt = self.gpt_chunks[self.wrapped.index(wrapped)]
             with returning_hidden_states(gpt):

@@ -16,9 +16,10 @@ from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_bupo.config.layout import Layout
+from megatron_bupo.config.timeouts import COLLECTIVE_TIMEOUT_S
 from megatron_bupo.mcore import cpu
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
 
 
 def initialize(layout: Layout, *, seed: int) -> None:

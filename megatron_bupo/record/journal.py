@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_bupo import progress
 from megatron_bupo.algorithm.bupo import Policy
 from megatron_bupo.config.schema import Config
 from megatron_bupo.record.console import Display
@@ -25,7 +26,10 @@ ACTIVITIES = {  # name in time/..._s: what the display says
     "sync": "syncing weights",
     "evaluate": "evaluating",
     "checkpoint": "saving a checkpoint",
+    "relayout": "building the next phase's actor",
+    "export": "exporting the model",
 }
+BETWEEN = "what is between phases"  # to the heartbeat
 
 
 class Journal:
@@ -48,6 +52,7 @@ class Journal:
             live=config.logging.progress,
         )
         self._metrics: dict[str, float] = {}
+        self._step: int | None = None
 
     def __enter__(self) -> Journal:
         self.display.__enter__()
@@ -65,6 +70,8 @@ class Journal:
         """
         self.display.step_begins(policy)
         start = time.perf_counter()
+        self._step = step
+        progress.enter(BETWEEN, step)
         yield
         self.note({"time/step_s": time.perf_counter() - start})
         metrics, self._metrics = self._metrics, {}
@@ -77,8 +84,10 @@ class Journal:
         follows it.
         """
         start = time.perf_counter()
+        progress.enter(activity, self._step)
         with self.display.doing(ACTIVITIES[activity]):
             yield
+        progress.enter(BETWEEN, self._step)
         key = f"time/{activity}_s"
         self._metrics[key] = self._metrics.get(key, 0.0) + time.perf_counter() - start
 

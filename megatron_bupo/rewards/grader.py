@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from itertools import islice
 from multiprocessing.connection import Connection
 
-from megatron_bupo import collective
+from megatron_bupo import collective, progress
 from megatron_bupo.config.schema import RewardConfig
 from megatron_bupo.errors import InputError
 from megatron_bupo.rewards.functions import Arguments, absolute
@@ -103,6 +103,7 @@ class _Process:
                         Grade(0.0, f"reward function took longer than {limit} and was killed"),
                     ]
                 grades.append(self._connection.recv())
+                progress.beat()
         except (EOFError, OSError):
             grades.append(Grade(0.0, f"reward function ended its process with {self._kill()}"))
         return grades

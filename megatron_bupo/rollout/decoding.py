@@ -9,6 +9,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from megatron_bupo import progress
 from megatron_bupo.rollout.sampling import draw
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def decode(
     tokens = rows.new_zeros(count, limit)
     logprobs, entropies = torch.zeros(2, count, limit, device=noise.device)
     for t in range(limit):
+        progress.beat()
         drawn = draw(batch.logits, noise[rows, t], temperature=temperature, top_p=top_p)
         tokens[rows, t], logprobs[rows, t], entropies[rows, t] = drawn
         ends = alive & torch.isin(drawn.tokens, stop_ids)

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_bupo import progress
+from megatron_bupo.record.heartbeat import Heartbeat, state_file
+from tests.ranks import run_ranks
+from tests.runs import Bed, run
+
+STALL_S = 0.5
+ON_AGAIN = "ranks get on again"
+
+THOUGHTFUL = """
+import time
+
+def reward(response, answer):
+    if not hasattr(reward, "woken"):
+        time.sleep(2.5)
+        reward.woken = True
+    return float(len(response))
+"""
+
+
+def heartbeat(run_dir: Path, stall_s: float = STALL_S) -> Heartbeat:
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return Heartbeat(run_dir, rank=rank, world=world, stall_s=stall_s)
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def told(run_dir: Path) -> str:
+    file = run_dir / "stall.txt"
+    return file.read_text() if file.exists() else ""
+
+
+def written_by(rank: int, run_dir: Path) -> dict[str, Any]:
+    file = state_file(run_dir, rank)
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def without_dates(text: str) -> list[str]:
+    return [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S+ ", "", line) for line in text.splitlines()]
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def ponder(run_dir: Path) -> None:
+    wait_until(lambda: told(run_dir))
+
+
+def test_a_rank_that_hangs_is_named_while_the_others_wait_for_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    def rank() -> int:
+        with heartbeat(tmp_path):
+            progress.enter("grade", 12)
+            if dist.get_rank() == 1:
+                ponder(tmp_path)
+            progress.enter("update", 12)
+            dist.all_reduce(torch.ones(1))
+            progress.enter("sync", 12)
+            wait_until(lambda: ON_AGAIN in told(tmp_path))
+        return os.getpid()
+
+    pid = run_ranks(3, rank)[1]
+    lines = without_dates(told(tmp_path))
+    assert re.fullmatch(r"no rank has got on for \d s \(logging.stall_s=0.5\):", lines[0])
+    assert re.fullmatch(r"  ranks 0, 2: update of step 13 for \d s, all_reduce \(.*", lines[1])
+    assert re.fullmatch(r"  rank 1: grade of step 13 for \d s, .*", lines[2])
+    who = f"rank 1 (waits for nobody, and others wait): process {pid} on {socket.gethostname()}"
+    assert lines[3] == f"likely culprit: {who}"
+    assert re.fullmatch(rf"{ON_AGAIN} after \d s", lines[-1])
+    assert capfd.readouterr().err == told(tmp_path)
+    stacks = [state_file(tmp_path, rank).with_suffix(".stack.txt").read_text() for rank in range(3)]
+    assert [("in all_reduce\n" in text, "in ponder\n" in text) for text in stacks] == [
+        (True, False), (False, True), (True, False)
+    ]  # fmt: skip
+    assert all(text.startswith("thread MainThread, most recent call last:\n") for text in stacks)
+    assert left_in(tmp_path) == [*(f"ranks/rank-0000{r}.stack.txt" for r in range(3)), "stall.txt"]
+
+
+def test_a_stopped_rank_0_is_named_by_another(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    def rank() -> int:
+        with heartbeat(tmp_path):
+            progress.enter("generate", 0)
+            dist.barrier()
+            if dist.get_rank() == 0:
+                wait_until(lambda: written_by(0, tmp_path).get("phase") == "generate")
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif dist.get_rank() == 1:
+                wait_until(lambda: told(tmp_path))
+                os.kill(written_by(0, tmp_path)["pid"], signal.SIGCONT)
+            dist.barrier()
+        return os.getpid()
+
+    pid = run_ranks(3, rank)[0]
+    lines = without_dates(told(tmp_path))
+    assert re.fullmatch(r"  rank 0: no sign of life for \d s, last in generate of step 1", lines[3])
+    assert f"rank 0 (no sign of life): process {pid} on {socket.gethostname()}" in lines[4]
+    assert capfd.readouterr().err.count("no rank has got on") == 1
+    assert not state_file(tmp_path, 0).with_suffix(".stack.txt").exists()
+
+
+def test_a_rank_that_has_not_begun_is_named(tmp_path: Path):
+    with Heartbeat(tmp_path, rank=1, world=2, stall_s=STALL_S):
+        wait_until(lambda: told(tmp_path))
+    assert re.search(r"  rank 0: no sign of life for \d s, it has not begun\n", told(tmp_path))
+    assert "\nlikely culprit: rank 0 (no sign of life)\n" in told(tmp_path)
+
+
+def test_while_one_rank_gets_on_inside_its_phase_nobody_reports(tmp_path: Path):
+    def rank() -> list[str]:
+        with heartbeat(tmp_path):
+            progress.enter("generate", 0)
+            for _ in range(int(dist.get_rank() == 1) * 60):
+                time.sleep(0.02)
+                progress.beat()
+            dist.barrier()
+        return left_in(tmp_path)
+
+    run_ranks(2, rank)
+    assert told(tmp_path) == ""
+
+
+def test_what_a_killed_run_wrote_is_gone_and_what_a_failed_one_wrote_says_why(tmp_path: Path):
+    state_file(tmp_path, 7).parent.mkdir()
+    state_file(tmp_path, 7).write_text("{}")
+
+    def fail() -> None:
+        with heartbeat(tmp_path, stall_s=600):
+            assert left_in(tmp_path) == []
+            progress.enter("update", 4)
+            raise KeyError("lost")
+
+    with pytest.raises(KeyError, match="lost"):
+        fail()
+    state = written_by(0, tmp_path)
+    assert (state["phase"], state["step"], state["failure"]) == ("update", 4, "KeyError: 'lost'")
+
+
+def test_no_thread_and_no_signal_handler_stay(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    threads = threading.enumerate()
+    with heartbeat(tmp_path):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert "in test_no_thread_and_no_signal_handler_stay" in capfd.readouterr().err
+    assert threading.enumerate() == threads
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    assert left_in(tmp_path) == [] == [*tmp_path.iterdir()]
+
+
+def test_a_run_leaves_nothing_of_it(finished: Path):
+    assert not {"ranks", "stall.txt"} & {path.name for path in finished.iterdir()}
+
+
+def test_a_run_that_hangs_in_its_grader_says_so_and_goes_on(bed: Bed, tmp_path: Path):
+    (tmp_path / "thoughtful.py").write_text(THOUGHTFUL)
+    reward = [f"reward.function={tmp_path / 'thoughtful.py'}:reward", "reward.timeout_s=9"]
+    settings = bed.settings(tmp_path / "run", *reward, "steps=1", "evaluation.every=0")
+    done = run("train", *settings, "logging.stall_s=1", "checkpoint.export_hf=false")
+    assert done.code == 0, done.err
+    assert re.search(
+        r"\n  ranks 0-1: grade of step 1 for \d s, .*< \w+ \(grader.py:\d+\)", done.err
+    )
+    assert ON_AGAIN in done.err
