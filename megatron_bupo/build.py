@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_bupo import checkpoints
 from megatron_bupo.algorithm.bupo import PhaseSchedule
 from megatron_bupo.config import Config, expand, flatten, to_yaml
+from megatron_bupo.config.algorithm_rules import doubts
 from megatron_bupo.data.order import PromptStream
 from megatron_bupo.data.prompts import load_prompts
 from megatron_bupo.data.tokenizer import load_tokenizer
@@ -160,7 +161,7 @@ def build(ready: Preflight) -> Run:
         journal = stack.enter_context(
             Journal(run_dir, config, first_step=first_step, speaks=dist.get_rank() == 0)
         )
-        for note in notes:
+        for note in [*notes, *doubts(config)]:
             journal.say(note)
         if dist.get_rank() == 0:
             (run_dir / "config.yaml").write_text(to_yaml(config))

@@ -14,7 +14,8 @@ A good value is not yet a good gradient. Part of the loss, they pull along::
     d k3 = (1 - r) d log p      on average the gradient of KL(p_ref || p)
 
 Taken off the reward, it is the policy gradient that differentiates, and k1 gives the gradient of
-the whole response's KL(p || p_ref); k2 and k3 leave out how they themselves depend on p.
+the whole response's KL(p || p_ref). k2 and k3 leave out how they themselves depend on p: they
+punish a token for being off in either direction, so that one already too rare gets rarer still.
 """
 
 from __future__ import annotations
