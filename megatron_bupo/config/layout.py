@@ -17,6 +17,8 @@ from megatron_bupo.errors import InputError
 
 FIRST_STAGE_LAYERS = "num_layers_in_first_pipeline_stage"
 LAST_STAGE_LAYERS = "num_layers_in_last_pipeline_stage"
+COUNT_EMBEDDING = "account_for_embedding_in_pipeline_split"
+COUNT_UNEMBEDDING = "account_for_loss_in_pipeline_split"
 
 
 @dataclass(frozen=True)
@@ -98,18 +100,34 @@ def parallel_sizes(config: Config, world_size: int | None) -> Layout:
 
 def layers_of_stages(layers: int, layout: Layout, megatron: Mapping[str, Any]) -> list[list[range]]:
     """`[stage][chunk]` -> layers, counted from 1. They must divide: `check_layers_divide`."""
-    sizes = stage_sizes(layers, layout.pp, megatron)
+    sizes = chunk_sizes(layers, layout.pp, layout.vpp, megatron)
     held: list[list[range]] = [[] for _ in sizes]
     first = 1
-    for _ in range(layout.vpp):
-        for stage, size in enumerate(sizes):
-            held[stage].append(range(first, first + size // layout.vpp))
-            first += size // layout.vpp
+    for chunk in range(layout.vpp):
+        for stage, chunks in enumerate(sizes):
+            held[stage].append(range(first, first + chunks[chunk]))
+            first += chunks[chunk]
     return held
 
 
-def stage_sizes(layers: int, pp: int, megatron: Mapping[str, Any]) -> list[int]:
-    """Layers per stage; Megatron's keys for an uneven first or last stage are respected."""
+def chunk_sizes(layers: int, pp: int, vpp: int, megatron: Mapping[str, Any]) -> list[list[int]]:
+    """`[stage][chunk]` -> layers there.
+
+    Megatron's keys for an uneven first or last stage are respected, and those that count the
+    embedding or the unembedding as one layer more.
+    """
+    embedding, unembedding = (
+        bool(megatron.get(key)) for key in (COUNT_EMBEDDING, COUNT_UNEMBEDDING)
+    )
+    stages = _stage_sizes(layers + embedding + unembedding, pp, megatron)
+    sizes = [[size // vpp] * vpp for size in stages]
+    sizes[0][0] -= embedding
+    sizes[-1][-1] -= unembedding
+    return sizes
+
+
+def _stage_sizes(layers: int, pp: int, megatron: Mapping[str, Any]) -> list[int]:
+    """Layers per stage, with what counts as one."""
     first, last = megatron.get(FIRST_STAGE_LAYERS), megatron.get(LAST_STAGE_LAYERS)
     even = pp - (first is not None) - (last is not None)
     rest = layers - (first or 0) - (last or 0)
@@ -120,31 +138,49 @@ def stage_sizes(layers: int, pp: int, megatron: Mapping[str, Any]) -> list[int]:
 def check_layers_divide(layers: int, config: Config) -> None:
     """Every chunk of every stage gets a whole number of layers, at least one."""
     pp, vpp, megatron = config.parallel.pp, config.parallel.vpp, config.megatron
-    uneven = {
+    uneven = _uneven_keys(config)
+    sizes = chunk_sizes(layers, pp, vpp, megatron)
+    if sum(map(sum, sizes)) == layers and all(size >= 1 for chunks in sizes for size in chunks):
+        return
+    shown = f"parallel.pp={pp}" + (f", parallel.vpp={vpp}" if vpp > 1 else "")
+    shown += "".join(f", megatron.{key}={value}" for key, value in uneven.items())
+    counted = layers + sum(value is True for value in uneven.values())
+    fewest = 1 if vpp == 1 and counted == layers else 2
+    possible = [n for n in range(fewest, layers + 1) if counted % (n * vpp) == 0]
+    way_out = f"choose parallel.pp from {', '.join(map(str, possible)) or 'none with this vpp'}"
+    way_out += f", or set megatron.{FIRST_STAGE_LAYERS} and megatron.{LAST_STAGE_LAYERS}"
+    way_out += " instead" if counted > layers else ""
+    raise InputError(shown, f"does not divide the model's {layers} layers", way_out)
+
+
+def _uneven_keys(config: Config) -> dict[str, Any]:
+    """Megatron's keys by which stages get unequal numbers of layers, where they fit together."""
+    pp, vpp, megatron = config.parallel.pp, config.parallel.vpp, config.megatron
+    sized = {
         key: megatron[key]
         for key in (FIRST_STAGE_LAYERS, LAST_STAGE_LAYERS)
         if megatron.get(key) is not None
     }
-    for key, value in uneven.items():
+    counting = {k: megatron[k] for k in (COUNT_EMBEDDING, COUNT_UNEMBEDDING) if megatron.get(k)}
+    for key, value in sized.items():
         if type(value) is not int or value < 1:
             raise InputError(f"megatron.{key}={value}", "is not a positive number of layers")
-    if uneven and pp <= 1:
-        raise InputError(f"megatron.{next(iter(uneven))}", "needs parallel.pp > 1", "remove it")
-    if len(uneven) == pp == 2 and vpp > 1:  # Megatron-Core divides by the stages in between
+    for key, value in counting.items():
+        if value is not True:
+            raise InputError(f"megatron.{key}={value}", "is not true or false")
+    if (sized or counting) and pp <= 1:
+        key = next(iter(sized | counting))
+        raise InputError(f"megatron.{key}", "needs parallel.pp > 1", "remove it")
+    if sized and counting:
+        raise InputError(
+            f"megatron.{next(iter(sized))}, megatron.{next(iter(counting))}",
+            "are two ways to deal out layers",
+            "leave one of them out",
+        )
+    if len(sized) == pp == 2 and vpp > 1:  # Megatron-Core divides by the stages in between
         raise InputError(
             f"megatron.{FIRST_STAGE_LAYERS}, megatron.{LAST_STAGE_LAYERS}",
             f"cannot both be given with parallel.pp=2 and parallel.vpp={vpp}",
             "leave one of the two out",
         )
-    sizes = stage_sizes(layers, pp, megatron)
-    if sum(sizes) == layers and all(size >= vpp and size % vpp == 0 for size in sizes):
-        return
-    shown = f"parallel.pp={pp}" + (f", parallel.vpp={vpp}" if vpp > 1 else "")
-    shown += "".join(f", megatron.{key}={value}" for key, value in uneven.items())
-    possible = [n for n in range(1, layers + 1) if layers % (n * vpp) == 0]
-    raise InputError(
-        shown,
-        f"does not divide the model's {layers} layers",
-        f"choose parallel.pp from {', '.join(map(str, possible)) or 'none with this vpp'}, "
-        f"or set megatron.{FIRST_STAGE_LAYERS} and megatron.{LAST_STAGE_LAYERS}",
-    )
+    return sized | counting

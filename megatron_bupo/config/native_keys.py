@@ -33,10 +33,6 @@ _CHECKPOINT = (
     "add_bias_linear add_qkv_bias gated_linear_unit activation_func normalization "
     "layernorm_epsilon layernorm_zero_centered_gamma qk_layernorm rotary_interleaved"
 )
-_UNEVEN = (
-    "this way of dealing out layers is not offered",
-    f"use megatron.{FIRST_STAGE_LAYERS} and megatron.{LAST_STAGE_LAYERS}",
-)
 _UNSUPPORTED = {
     "enable_cuda_graph external_cuda_graph cuda_graph_impl optimizer_cuda_graph": (
         "captured graphs cannot follow the change of depth between phases",
@@ -57,12 +53,19 @@ _UNSUPPORTED = {
         "this dimension of parallelism is not offered",
         "use parallel.tp, parallel.pp, parallel.dp",
     ),
-    "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split": _UNEVEN,
-    "pipeline_model_parallel_layout": _UNEVEN,
-    "overlap_grad_reduce overlap_param_gather overlap_param_gather_with_optimizer_step": (
-        "the reduction would wait for gradients of layers that the internal phase skips",
+    "pipeline_model_parallel_layout": (
+        "this way of dealing out layers is not offered",
+        f"use megatron.{FIRST_STAGE_LAYERS} and megatron.{LAST_STAGE_LAYERS}",
+    ),
+    "overlap_param_gather_with_optimizer_step": (
+        "the optimizer steps all chunks at once, after their common gradient norm",
+        "use megatron.overlap_param_gather",
+    ),
+    "num_distributed_optimizer_instances": (
+        "optimizer states are sharded over all data-parallel ranks",
         "remove it",
     ),
+    "num_buckets": ("Megatron-Core does not read it", "use megatron.bucket_size"),
     "use_megatron_fsdp use_custom_fsdp use_precision_aware_optimizer optimizer_cpu_offload": (
         "not shown to leave frozen layers as they are",
         "remove it",

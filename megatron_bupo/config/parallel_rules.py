@@ -30,6 +30,7 @@ def check_parallel(config: Config) -> None:
     """The rules about the layout that need no model."""
     _interleaving_needs_a_pipeline(config)
     _sequence_parallelism_needs_tensor_parallelism(config)
+    _only_shards_are_gathered(config)
 
 
 def check_parallel_against_model(config: Config, model: ModelSizes) -> None:
@@ -59,6 +60,16 @@ def _sequence_parallelism_needs_tensor_parallelism(config: Config) -> None:
             "parallel.sp=true",
             "splits sequences over the tensor-parallel ranks, and parallel.tp=1",
             "set parallel.tp to 2 or more, or parallel.sp=false",
+        )
+
+
+def _only_shards_are_gathered(config: Config) -> None:
+    gathers = config.megatron.get("overlap_param_gather")
+    if gathers and not config.parallel.distributed_optimizer:
+        raise InputError(
+            "megatron.overlap_param_gather=true",
+            "there is nothing to gather where parallel.distributed_optimizer=false",
+            "set parallel.distributed_optimizer=true, or remove it",
         )
 
 

@@ -81,10 +81,18 @@ FIRST = "num_layers_in_first_pipeline_stage"
 LAST = "num_layers_in_last_pipeline_stage"
 
 
-def divides(layers: int, pp: int, vpp: int, first: int | None, last: int | None) -> bool:
+EMBEDDING = "account_for_embedding_in_pipeline_split"
+LOSS = "account_for_loss_in_pipeline_split"
+UNEVEN: list[dict[str, Any]] = [
+    *({FIRST: first, LAST: last} for first, last in product([None, 2, 4], repeat=2)),
+    *({EMBEDDING: True, LOSS: loss} for loss in (False, True)),
+    {LOSS: True},
+]
+
+
+def divides(layers: int, pp: int, vpp: int, megatron: dict[str, Any]) -> bool:
     """Is this a layout that we allow?"""
     parallel = ParallelConfig(pp=pp, vpp=vpp)
-    megatron = {FIRST: first, LAST: last}
     try:
         check_layers_divide(layers, Config(parallel=parallel, megatron=megatron))
     except InputError:
@@ -93,32 +101,31 @@ def divides(layers: int, pp: int, vpp: int, first: int | None, last: int | None)
 
 
 CASES = [
-    case
-    for case in product([8, 12, 16], [1, 2, 4], [1, 2], [None, 2, 4], [None, 2, 4])
-    if divides(*case)
+    case for case in product([7, 8, 11, 12, 14, 16], [1, 2, 4], [1, 2], UNEVEN) if divides(*case)
 ]
 
 
 def test_many_layouts_are_compared_with_megatron():
-    assert len(CASES) > 30
+    assert len(CASES) > 60
+    for key in (FIRST, LAST, EMBEDDING, LOSS):
+        for vpp in (1, 2):
+            assert sum(bool(case[3].get(key)) for case in CASES if case[2] == vpp) >= 3
 
 
-@pytest.mark.parametrize(("layers", "pp", "vpp", "first", "last"), CASES)
+@pytest.mark.parametrize(("layers", "pp", "vpp", "megatron"), CASES)
 def test_layers_go_where_megatron_puts_them(
-    layers: int, pp: int, vpp: int, first: int | None, last: int | None
+    layers: int, pp: int, vpp: int, megatron: dict[str, Any]
 ):
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+    defaults = {FIRST: None, LAST: None, EMBEDDING: False, LOSS: False}
     native: Any = SimpleNamespace(
         num_layers=layers,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
         pipeline_model_parallel_layout=None,
-        account_for_embedding_in_pipeline_split=False,
-        account_for_loss_in_pipeline_split=False,
-        num_layers_in_first_pipeline_stage=first,
-        num_layers_in_last_pipeline_stage=last,
+        **defaults | megatron,
     )
 
     def chunk(stage: int, virtual: int | None) -> range:
@@ -126,9 +133,8 @@ def test_layers_go_where_megatron_puts_them(
         return range(offset + 1, offset + 1 + get_num_layers_to_build(native, virtual, stage))
 
     virtual_stages = list(range(vpp)) if vpp > 1 else [None]
-    megatron = [[chunk(stage, virtual) for virtual in virtual_stages] for stage in range(pp)]
-    layout = Layout(1, pp, vpp, 1, pp)
-    assert layers_of_stages(layers, layout, {FIRST: first, LAST: last}) == megatron
+    theirs = [[chunk(stage, virtual) for virtual in virtual_stages] for stage in range(pp)]
+    assert layers_of_stages(layers, Layout(1, pp, vpp, 1, pp), megatron) == theirs
 
 
 @pytest.mark.parametrize(
@@ -166,3 +172,27 @@ def test_an_uneven_stage_without_a_pipeline_is_refused():
     config = load_config(None, [*NEEDED, "megatron.num_layers_in_last_pipeline_stage=2"])
     with pytest.raises(InputError, match=r"needs parallel\.pp > 1"):
         check_layers_divide(8, config)
+
+
+def test_two_ways_to_deal_out_layers_are_refused():
+    keys = [f"megatron.{LAST}=2", f"megatron.{EMBEDDING}=true"]
+    config = load_config(None, [*NEEDED, "parallel.pp=2", *keys])
+    with pytest.raises(InputError, match="two ways to deal out layers"):
+        check_layers_divide(7, config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layers", "choice"),
+    [
+        (["parallel.pp=2", "parallel.vpp=2"], 6, "3"),  # not 1, which cannot be interleaved
+        (["parallel.pp=4"], 6, "1, 2, 3, 6"),
+        (["parallel.pp=2", f"megatron.{LOSS}=true"], 8, "3"),
+        (["parallel.pp=2", "parallel.vpp=2"], 7, "none with this vpp"),
+    ],
+)
+def test_a_pipeline_that_does_not_divide_is_told_which_ones_would(
+    overrides: list[str], layers: int, choice: str
+):
+    config = load_config(None, [*NEEDED, *overrides])
+    with pytest.raises(InputError, match=f"choose parallel.pp from {choice}, or set"):
+        check_layers_divide(layers, config)

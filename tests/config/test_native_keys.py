@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from megatron_bupo.config import Config, flatten
+from megatron_bupo.config import Config, flatten, load_config
+from megatron_bupo.config.checks import check
 from megatron_bupo.config.native_keys import _REASONS, refuse_owned_keys
 from megatron_bupo.errors import InputError
 
@@ -39,6 +40,14 @@ def test_what_cannot_follow_a_change_of_depth_is_refused(key: str):
 
 def test_other_native_keys_pass_through():
     refuse_owned_keys({"recompute_granularity": "full", "check_for_nan_in_grad": True, "new": 1})
+    refuse_owned_keys({"overlap_grad_reduce": True, "align_param_gather": True})
+
+
+def test_parameters_are_gathered_only_where_they_are_sharded():
+    overrides = ["model.path=model", "data.train=none", "megatron.overlap_param_gather=true"]
+    with pytest.raises(InputError, match=r"set parallel\.distributed_optimizer=true"):
+        check(load_config(None, overrides), None)
+    check(load_config(None, [*overrides, "parallel.distributed_optimizer=true"]), None)
 
 
 def test_every_way_out_names_keys_that_exist():
@@ -56,5 +65,5 @@ def test_every_refused_key_is_one_that_megatron_has_or_had():
     natives = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
     known = {field.name for native in natives for field in dataclasses.fields(native)}
     came_or_went = {"external_cuda_graph", "enable_cuda_graph", "cuda_graph_impl"}
-    came_or_went |= {"optimizer_cuda_graph", "grad_norm_skip_threshold"}
+    came_or_went |= {"optimizer_cuda_graph", "grad_norm_skip_threshold", "num_buckets"}
     assert set(_REASONS) <= known | came_or_went
