@@ -165,8 +165,9 @@ class Heartbeat:
         return replace(state, silent_s=age_s if age_s > self.stall_s / 2 else 0.0)
 
     def _stacks(self) -> str:
-        """The stacks of all threads, the main one's first."""
+        """The stacks of all threads but this one, the main one's first."""
         frames, names = sys._current_frames(), {t.ident: t.name for t in threading.enumerate()}
+        del frames[threading.get_ident()]
         threads = sorted(frames, key=lambda thread: thread != self._main)
         return "\n".join(
             f"thread {names.get(thread, thread)}, most recent call last:\n"

@@ -59,13 +59,13 @@ def report(states: Sequence[RankState], *, run_dir: Path, stall_s: float) -> str
         text = f"{_numbered(blamed)} ({reason}){': ' if known else ''}{', '.join(known)}"
         lines.append(f"likely culprit: {text}")
     else:
-        lines.append("likely culprit: none of them is behind; compare their stacks: they may be in")
-        lines.append("  different collectives, or the network between them fails")
+        lines.append("likely culprit: cannot be told, for all stand in one phase; see their stacks")
     if any(state.silent_s for state in states):
         lines.append("silent ranks: look for a lost node, a kill (dmesg), a stopped process (ps)")
     lines += [
         f"stacks: {run_dir / 'ranks'}/rank-*.stack.txt; kill -USR1 PID prints those of the moment",
         f"{COLLECTIVE_TIMEOUT_S:g} s after they began the collectives give up, which ends the job",
+        "if this is a long phase and no stall, raise logging.stall_s",
     ]
     return "\n".join(lines)
 
