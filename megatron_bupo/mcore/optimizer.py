@@ -3,9 +3,9 @@
 Layers above an internal policy's target have gradients of zero, not none, in Megatron's gradient
 buffers, and an Adam step with a zero gradient still moves a parameter (momentum, weight decay) and
 decays its moments. So for the length of a step the inner optimizer's parameter groups are exchanged
-for others: trained parameters alone, one group for each learning-rate factor and age. Gradient norm,
-clipping and step then see nothing else, under every Megatron optimizer, and what is not in a group
-stays as it is, bit for bit. Between steps, and so in checkpoints, the groups are Megatron's own.
+for others: trained parameters alone, one group for each learning-rate factor and age. Gradient
+norm, clipping and step then see nothing else, under every Megatron optimizer, and what is not in a
+group stays as it is, bit for bit. Between steps, and so in checkpoints, the groups are Megatron's.
 
 A unit's age is the number of its updates, which Adam's bias correction divides by. It is counted
 here and told to the inner optimizer before each step, whether that keeps a counter for each
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -70,8 +70,8 @@ class PhasedOptimizer:
         config: Config,
         dtype: torch.dtype,
     ) -> None:
-        chunks: Any = list(ddp_chunks)
-        self.megatron = get_megatron_optimizer(native_optimizer_config(config, dtype), chunks)
+        self._chunks: Any = list(ddp_chunks)
+        self.megatron = get_megatron_optimizer(native_optimizer_config(config, dtype), self._chunks)
         self.clip_grad, self.at_switch = config.optimizer.clip_grad, config.bupo.optimizer_at_switch
         self.steps: dict[Unit, int] = dict.fromkeys(units, 0)  # updates of each, on any rank
         self._unit_of: dict[torch.optim.Optimizer, dict[Tensor, Unit]] = {
@@ -124,7 +124,10 @@ class PhasedOptimizer:
                 return math.nan if math.isfinite(norm) else float(norm)
             for part in self._parts():
                 clip_grad_by_total_norm_fp32(part.get_parameters(), self.clip_grad, norm)
-            self.megatron.step_with_ready_grads()
+            with ExitStack() as stack:
+                for chunk in self._chunks:
+                    stack.enter_context(chunk.stepping())
+                self.megatron.step_with_ready_grads()
         for unit in self.steps if self.at_switch == "common_step" else trained:
             self.steps[unit] += 1
         return float(norm)

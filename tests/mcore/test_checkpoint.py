@@ -25,6 +25,7 @@ from tests.mcore.actors import (
     start_trainer,
     train_once,
 )
+from tests.mcore.group_adam import use_group_counting_adam
 from tests.ranks import run_ranks
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     tiny_model_dir: Callable[..., Path],
     tmp_path: Path,
 ):
-    config = run_config(model={"dtype": dtype}, parallel=layout, optimizer={"weight_decay": 0.1})
+    optimizer = {"weight_decay": 0.1, "lr_factors": {"1": 0.0, "3": 2.0}}
+    config = run_config(model={"dtype": dtype}, parallel=layout, optimizer=optimizer)
     answers = run_ranks(
         ranks, _there_and_back, tiny_model_dir(**MODEL, tied=True), config, tmp_path
     )
@@ -130,7 +132,31 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
             assert all(torch.equal(w, course.weights[n]) for n, w in whole.weights.items())
         updates |= whole.updates
     late = dict.fromkeys(["layer 3", "layer 4", "final_norm"], 3.0)
-    assert updates == {"embedding": 6.0, "layer 1": 6.0, "layer 2": 6.0, **late}
+    assert updates == {"embedding": 6.0, "layer 1": 0.0, "layer 2": 6.0, **late}
+
+
+def _with_group_counters(*args: Any) -> list[Course]:
+    use_group_counting_adam()
+    return _there_and_back(*args)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        pytest.param(1, {}, id="one rank"),
+        pytest.param(4, DIST_OPT, id="TP2 DP2 distributed optimizer", marks=pytest.mark.slow),
+    ],
+)
+def test_so_does_one_whose_adam_counts_steps_by_group(
+    ranks: int, layout: dict[str, Any], tiny_model_dir: Callable[..., Path], tmp_path: Path
+):
+    config = run_config(parallel=layout, optimizer={"weight_decay": 0.1})
+    model_dir = tiny_model_dir(**MODEL)
+    for whole, *resumed in run_ranks(ranks, _with_group_counters, model_dir, config, tmp_path):
+        for step, course in zip(SAVED, resumed, strict=True):
+            assert course.reports == whole.reports[step:]
+            assert course.updates == whole.updates
+            assert all(torch.equal(w, course.weights[n]) for n, w in whole.weights.items())
 
 
 def _first_part(model_dir: Path, config: Config, run_dir: Path) -> Course:
@@ -181,7 +207,10 @@ def test_another_layout_takes_over_where_the_first_one_stopped(
 ):
     model_dir = tiny_model_dir(**MODEL, tied=tied)
     (ranks, layout), (other_ranks, other_layout) = before, after
-    config, other_config = run_config(parallel=layout), run_config(parallel=other_layout)
+    config, other_config = (
+        run_config(parallel=parallel, optimizer={"lr_factors": {"2": 0.0, "3-4": 0.1}})
+        for parallel in (layout, other_layout)
+    )
     whole = run_ranks(ranks, _first_part, model_dir, config, tmp_path)[0]
     for answer in run_ranks(other_ranks, _last_part, model_dir, other_config, tmp_path):
         for step, course in zip(SAVED, answer, strict=True):

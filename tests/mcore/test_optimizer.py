@@ -25,6 +25,7 @@ from tests.mcore.actors import (
     start_trainer,
     train_once,
 )
+from tests.mcore.group_adam import use_group_counting_adam
 from tests.ranks import run_ranks
 
 if TYPE_CHECKING:
@@ -63,6 +64,14 @@ FREEZING = [
     for tied in (False, True)
     for dtype in ("float32", "bfloat16")
 ]
+BIGGEST = pytest.param(
+    8,
+    {"tp": 2, "pp": 2, "dp": 2, "distributed_optimizer": True},
+    True,
+    "bfloat16",
+    id="TP2 PP2 DP2 distributed optimizer, tied, bfloat16",
+    marks=pytest.mark.slow,
+)
 
 
 def _optimizer_state(trainer: MegatronTrainer) -> dict[str, list[Tensor]]:
@@ -105,7 +114,7 @@ def _phases(model_dir: Path, config: Config, batch: TokenBatch) -> list[dict[str
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("ranks", "layout", "tied", "dtype"), FREEZING)
+@pytest.mark.parametrize(("ranks", "layout", "tied", "dtype"), [*FREEZING, BIGGEST])
 def test_internal_steps_leave_all_above_the_target_bit_identical(
     ranks: int, layout: dict[str, Any], tied: bool, dtype: str, tiny_model_dir: Callable[..., Path]
 ):
@@ -204,6 +213,31 @@ def test_each_treatment_of_adam_at_a_switch_is_what_it_says(
     )
     for gaps in answers:
         assert gaps.keys() == set(treatments)
+        assert max(gaps.values()) < 1e-6, gaps
+
+
+def _distance_with_group_counters(*args: Any) -> dict[str, float]:
+    use_group_counting_adam()
+    return _distance_to_adam(*args)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        pytest.param(1, {}, id="one rank"),
+        pytest.param(*TP2_DP2, id="TP2 DP2 distributed optimizer", marks=pytest.mark.slow),
+    ],
+)
+def test_an_adam_that_counts_steps_by_group_does_the_same(
+    ranks: int, layout: dict[str, Any], tiny_model_dir: Callable[..., Path]
+):
+    """Such as Transformer Engine's and apex's, which have no counter for each parameter."""
+    model_dir, treatments = tiny_model_dir(**MODEL), ["per_layer_step", "common_step", "reset"]
+    answers = run_ranks(
+        ranks, _distance_with_group_counters, model_dir, layout, random_batch(), treatments
+    )
+    for gaps in answers:
         assert max(gaps.values()) < 1e-6, gaps
 
 
