@@ -12,7 +12,8 @@ layers: as few as hold `megatron.bucket_size` parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -30,13 +31,8 @@ class _PhasedBucketGroup(_ParamAndGradBucketGroup):
     ones.
     """
 
-    written: bool  # may gradients be other than zero?
-
-    def begin(self) -> None:
-        """Every parameter is trained, gradients are zero, and all ranks hold the same weights."""
-        self.written = False
-        # Whether parameters have been gathered since they were last stepped.
-        self.param_gather_dispatched = True
+    written = False  # may gradients be other than zero?
+    stepping = False  # is the optimizer at work?
 
     def train_only(self, trained: Set[nn.Parameter]) -> None:
         """From the next reset on, exchange for the sake of `trained` alone."""
@@ -62,8 +58,9 @@ class _PhasedBucketGroup(_ParamAndGradBucketGroup):
             super().finish_grad_sync(*args, **kwargs)
 
     def start_param_sync(self, force_sync: bool = False) -> None:
+        stale = not self.param_gather_dispatched and not self.stepping
         under_way = self.param_gather_handle is not None
-        if not self.param_gather_dispatched or (force_sync and under_way):
+        if stale or (force_sync and under_way):
             super().start_param_sync(force_sync=force_sync)
 
     def finish_param_sync(self, skip_next_bucket_dispatch: bool = False) -> None:
@@ -96,7 +93,8 @@ class PhasedDDP(DistributedDataParallel):
         ddp_config.overlap_grad_reduce = overlapped
         for group in self._groups:
             group.__class__ = _PhasedBucketGroup
-            group.begin()
+            # Since the last step, that is: before the first one all ranks hold the same weights.
+            group.param_gather_dispatched = True
         unembedding = gpt.output_layer.parameters() if gpt.post_process else ()
         self._read_out = {self.param_to_bucket_group[p] for p in unembedding}
 
@@ -157,6 +155,22 @@ class PhasedDDP(DistributedDataParallel):
         for group in gathered:
             group.finish_param_sync(skip_next_bucket_dispatch=True)
         return output
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Around a step of the optimizer: parameters are gathered once at its end, not after the
+        step of each of Megatron's optimizers, of which experts have one of their own.
+        """
+        for group in self._groups:
+            group.stepping = True
+        try:
+            yield
+        finally:
+            for group in self._groups:
+                group.stepping = False
+        config = self.ddp_config
+        if config.use_distributed_optimizer and not config.overlap_param_gather:
+            self.start_param_sync()
 
     def gather_parameters(self) -> None:
         """Bring this rank's parameters up to date: overlapped, they are gathered by the forward
