@@ -72,22 +72,33 @@ class MegatronActor:
         return list(self.gpt_chunks)
 
     def logprobs(
-        self, batch: TokenBatch, policy: Policy, *, temperature: float = 1.0
+        self,
+        batch: TokenBatch,
+        policy: Policy,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of every response token under `policy`, fp32 nats `[responses,
         tokens]` each.
 
         The entropy at a token is that of the distribution it was drawn from. Zero outside
-        responses.
+        responses, and entropies without `with_entropy`.
         """
-        scored = self._run(batch, policy, score=partial(self._score, temperature))
-        return put_together(batch, scored)
+        score = partial(self._score, temperature=temperature, with_entropy=with_entropy)
+        return put_together(batch, self._run(batch, policy, score=score))
 
     def _score(
-        self, temperature: float, microbatch: Microbatch, hidden: Tensor, **_: Any
+        self,
+        microbatch: Microbatch,
+        hidden: Tensor,
+        *,
+        temperature: float,
+        with_entropy: bool,
+        **_: Any,
     ) -> tuple[Tensor, Tensor]:
         return microbatch.at, torch.stack(
-            self._read_out(microbatch, hidden, temperature, with_entropy=True)
+            self._read_out(microbatch, hidden, temperature, with_entropy=with_entropy)
         )
 
     def _read_out(

@@ -82,7 +82,7 @@ class MegatronTrainer(MegatronActor):
         self.gather_parameters()
         read = trained_units(policy, self.arch)  # those whose learning rate is 0 too
         with self.reference.in_place_of([p for p, unit in self._unit_of.items() if unit in read]):
-            return self.logprobs(batch, policy, temperature=temperature)[0]
+            return self.logprobs(batch, policy, temperature=temperature, with_entropy=False)[0]
 
     def update(self, minibatch: TokenBatch, policy: Policy, *, lr: float) -> UpdateReport:
         """One optimizer update on `minibatch`, of the units that `policy` trains. Skipped where
