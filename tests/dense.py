@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_bupo.algorithm.bupo import InternalLayerPolicy
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from megatron_bupo.algorithm.bupo import Policy
@@ -26,6 +27,22 @@ def dense_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+
+
+def by_hf_name(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """A model's parameters, or their gradients, under the names they have on disk, where each
+    expert has its own; transformers 5 stacks them in memory.
+    """
+    named = {}
+    for name, tensor in tensors:
+        block, experts, stacked = name.partition(".experts.")
+        if not experts:
+            named[name] = tensor
+        for e, of_one in enumerate(tensor if experts else ()):
+            projections = ["gate_proj", "up_proj"] if stacked == "gate_up_proj" else [stacked]
+            for projection, part in zip(projections, of_one.chunk(len(projections)), strict=True):
+                named[f"{block}.experts.{e}.{projection}.weight"] = part
+    return named
 
 
 def dense_logits(model: Any, input_ids: Tensor, policy: Policy) -> Tensor:
@@ -107,9 +124,9 @@ def dense_update(
     logprobs, entropies = dense_logprobs(model, batch, policy)
     loss = loop_loss(logprobs, batch, aggregation=aggregation)
     loss.backward()
-    grads = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+    grads = by_hf_name(
+        (name, torch.zeros_like(p) if p.grad is None else p.grad.clone())
         for name, p in model.named_parameters()
-    }
+    )
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
     return DenseUpdate(logprobs.detach(), entropies.detach(), loss.item(), norm, grads)

@@ -13,8 +13,8 @@ import torch
 if TYPE_CHECKING:
     from pathlib import Path
 
-FAMILIES = ("qwen2", "qwen3", "llama")
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "llama")
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 def make_tiny_model(

@@ -131,6 +131,34 @@ def _patch_tensor() -> None:
     tensor.pin_memory = functools.wraps(pin)(lambda self, *_, **__: self)
 
 
+def _patch_expert_dispatch(token_dispatcher: Any, mappings: Any) -> None:
+    gather, reduce = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def moved(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
+        # Megatron leaves a tensor on the CPU as it is; all-to-all wants numbers.
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    def lengthened(part: torch.Tensor, rows: int) -> torch.Tensor:
+        return torch.cat((part, part.new_zeros(rows - len(part), *part.shape[1:])))
+
+    # gloo gathers and scatters equal parts only.
+    def gathered(part: torch.Tensor, group: Any, sizes: Any = None, *args: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return gather(part, group, None, *args)
+        whole = gather(lengthened(part, max(sizes)), group).split(max(sizes))
+        return torch.cat([part[:size] for part, size in zip(whole, sizes, strict=True)])
+
+    def scattered(whole: torch.Tensor, group: Any, sizes: Any = None, *args: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return reduce(whole, group, None, *args)
+        parts = [lengthened(part, max(sizes)) for part in whole.split(sizes)]
+        return reduce(torch.cat(parts), group)[: sizes[group.rank()]]
+
+    token_dispatcher.maybe_move_tensor_to_cpu = moved
+    mappings._gather_along_first_dim = gathered
+    mappings._reduce_scatter_along_first_dim = scattered
+
+
 def install() -> None:
     """Make Megatron-Core run on gloo and the CPU in this process, for good. A no-op where CUDA
     exists.
@@ -138,13 +166,16 @@ def install() -> None:
     if torch.cuda.is_available() or torch.cuda.current_device is _current_device:
         return
     # Before any name changes: Megatron imports torch._dynamo, which lists functions by identity.
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import token_dispatcher
 
     dynamo: Any = torch._dynamo.config
     dynamo.disable = True  # Megatron's jit_fuser is torch.compile: half a minute for each function
     _patch_factories()
     _patch_tensor()
     _patch_torch_cuda(megatron_random)
+    _patch_expert_dispatch(token_dispatcher, mappings)
 
 
 def device() -> torch.device:

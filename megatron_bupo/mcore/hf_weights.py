@@ -4,21 +4,25 @@ Loading, weight sync and export are the same table read in either direction. A r
 tensors make up a Megatron parameter, along which HF dimension tensor parallelism cuts them, and how
 the cut pieces are laid out in the Megatron parameter. Layer rows are relative to
 `model.layers.{i}.` and `decoder.layers.{i}.`; where Transformer Engine fuses a norm into the
-following linear layer the parameter has a second name.
+following linear layer the parameter has a second name. Experts are dealt out in order over the
+expert-parallel ranks, which number their own from 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
+from megatron_bupo import progress
 from megatron_bupo.hf.architecture import Architecture, DecoderSizes
+from megatron_bupo.mcore import parallel
 from megatron_bupo.mcore.model import padded_vocab_size
 
 Pieces = tuple[Tensor, ...]
@@ -33,6 +37,7 @@ class Row:
     cut: int | None  # HF dimension that tensor parallelism cuts; None: every rank has all of it
     join: Callable[[Pieces, Architecture], Tensor]  # this rank's HF pieces -> parameter
     split: Callable[[Tensor, Architecture], Pieces]  # and back
+    expert: int | None = None  # that it belongs to, counted from 0 over all ranks
 
 
 def _alone(pieces: Pieces, _: Architecture) -> Tensor:
@@ -84,8 +89,8 @@ UNEMBEDDING = _row("lm_head.weight", "output_layer.weight", 0)
 VOCABULARY = (EMBEDDING, UNEMBEDDING)
 
 
-def layer_rows(arch: Architecture) -> list[Row]:
-    """The rows of one transformer layer of `arch`."""
+def layer_rows(arch: Architecture, layer: int, *, ep: int = 1) -> list[Row]:
+    """The rows of `layer` (counted from 1) of `arch`; its experts, all of them, come last."""
     rows = [
         _row(
             "input_layernorm.weight",
@@ -97,8 +102,6 @@ def layer_rows(arch: Architecture) -> list[Row]:
             "post_attention_layernorm.weight",
             "pre_mlp_layernorm.weight mlp.linear_fc1.layer_norm_weight",
         ),
-        _gate_up("weight"),
-        _row("mlp.down_proj.weight", "mlp.linear_fc2.weight", 1),
     ]
     if arch.qk_norm:
         rows.append(_row("self_attn.q_norm.weight", "self_attention.q_layernorm.weight"))
@@ -108,15 +111,33 @@ def layer_rows(arch: Architecture) -> list[Row]:
     if arch.mlp_bias:
         rows.append(_row("self_attn.o_proj.bias", "self_attention.linear_proj.bias"))
         rows += [_gate_up("bias"), _row("mlp.down_proj.bias", "mlp.linear_fc2.bias")]
-    return rows
+    experts = arch.experts
+    if experts is None or layer not in experts.layers:
+        return [*rows, _gate_up("weight"), _row("mlp.down_proj.weight", "mlp.linear_fc2.weight", 1)]
+    rows.append(_row("mlp.gate.weight", "mlp.router.weight"))
+    own = experts.number // ep
+    return rows + [row for e in range(experts.number) for row in _expert_rows(e, e % own)]
+
+
+def _expert_rows(expert: int, place: int) -> list[Row]:
+    """The rows of an expert, which is number `place` (from 0) of its rank's own."""
+    hf, one = f"mlp.experts.{expert}.", f"mlp.experts.local_experts.{place}."
+    fc1, fc2 = (
+        (f"{one}linear_{name}.weight", f"mlp.experts.linear_{name}.weight{place}")
+        for name in ("fc1", "fc2")
+    )
+    gate_up = (f"{hf}gate_proj.weight", f"{hf}up_proj.weight")
+    return [
+        Row(gate_up, fc1, 0, _stack, _halves, expert),
+        Row((f"{hf}down_proj.weight",), fc2, 1, _alone, _unchanged, expert),
+    ]
 
 
 @dataclass(frozen=True)
 class Held:
-    """A row with its full HF names, and the parameter that holds it on this rank."""
+    """A row under its full HF names, and the parameter that holds it on this rank."""
 
     row: Row
-    hf: tuple[str, ...]
     parameter: nn.Parameter
 
 
@@ -136,6 +157,24 @@ def units(arch: DecoderSizes) -> list[Unit]:
     return ["embedding", *layers, "final_norm", *([] if arch.tied else ["unembedding"])]
 
 
+def unit_rows(unit: Unit, arch: Architecture) -> list[Row]:
+    """The rows of `unit` under their full HF names."""
+    if not unit.startswith("layer "):
+        return [{"embedding": EMBEDDING, "final_norm": FINAL_NORM}.get(unit, UNEMBEDDING)]
+    layer = int(unit.split()[1])
+    prefix = f"model.layers.{layer - 1}."
+    rows = layer_rows(arch, layer, ep=mpu.get_expert_model_parallel_world_size())
+    return [replace(row, hf=tuple(prefix + name for name in row.hf)) for row in rows]
+
+
+def _is_elsewhere(row: Row, arch: Architecture) -> bool:
+    """Does another expert-parallel rank hold the expert of `row`?"""
+    if row.expert is None or arch.experts is None:
+        return False
+    own = arch.experts.number // mpu.get_expert_model_parallel_world_size()
+    return row.expert // own != mpu.get_expert_model_parallel_rank()
+
+
 def held_units(chunks: Sequence[Any], arch: Architecture) -> dict[Unit, list[Held]]:
     """What this rank holds of each unit. A tied unembedding on the last stage is the embedding's
     copy.
@@ -144,22 +183,23 @@ def held_units(chunks: Sequence[Any], arch: Architecture) -> dict[Unit, list[Hel
     for chunk in chunks:
         parameters = dict(chunk.named_parameters())
 
-        def hold(row: Row, hf: str = "", megatron: str = "") -> Held:
-            name = next(megatron + n for n in row.megatron if megatron + n in parameters)  # noqa: B023
-            return Held(row, tuple(hf + n for n in row.hf), parameters[name])  # noqa: B023
+        def hold(unit: Unit, prefix: str = "") -> list[Held]:
+            rows = [row for row in unit_rows(unit, arch) if not _is_elsewhere(row, arch)]
+            names = [next(n for n in row.megatron if prefix + n in parameters) for row in rows]  # noqa: B023
+            return [Held(r, parameters[prefix + n]) for r, n in zip(rows, names, strict=True)]  # noqa: B023
 
         if chunk.pre_process:
-            found["embedding"] = [hold(EMBEDDING)]
+            found["embedding"] = hold("embedding")
         for i, layer in enumerate(chunk.decoder.layers):
-            names = (f"model.layers.{layer.layer_number - 1}.", f"decoder.layers.{i}.")
-            found[layer_unit(layer.layer_number)] = [hold(row, *names) for row in layer_rows(arch)]
+            unit = layer_unit(layer.layer_number)
+            found[unit] = hold(unit, f"decoder.layers.{i}.")
         if chunk.post_process:
-            found["final_norm"] = [hold(FINAL_NORM)]
+            found["final_norm"] = hold("final_norm")
             if not arch.tied:
-                found["unembedding"] = [hold(UNEMBEDDING)]
+                found["unembedding"] = hold("unembedding")
             elif not chunk.pre_process:
                 copy = parameters[UNEMBEDDING.megatron[0]]
-                found["tied unembedding"] = [Held(EMBEDDING, EMBEDDING.hf, copy)]
+                found["tied unembedding"] = [Held(EMBEDDING, copy)]
     return found
 
 
@@ -188,15 +228,26 @@ def _read_piece(tensor: Any, row: Row, arch: Architecture, tp: int, rank: int) -
     return tensor[part] if row.cut == 0 else tensor[:, part]
 
 
+def shard_group(row: Row) -> dist.ProcessGroup:
+    """The ranks that cut the tensors of `row`."""
+    if row.expert is None:
+        return parallel.tensor_group()
+    return cast("dist.ProcessGroup", mpu.get_expert_tensor_parallel_group())
+
+
 def load(chunks: Sequence[Any], arch: Architecture, open_slice: Callable[[str], Any]) -> None:
     """Fill the parameters of `chunks` from HF tensors; `open_slice(hf_name)` gives a lazy
-    safetensors slice.
+    safetensors slice. A rank reads its own shards and experts only.
     """
-    tp, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
     with torch.no_grad():
         for parts in held_units(chunks, arch).values():
             for held in parts:
-                pieces = [_read_piece(open_slice(n), held.row, arch, tp, rank) for n in held.hf]
+                progress.beat()
+                group = shard_group(held.row)
+                pieces = [
+                    _read_piece(open_slice(name), held.row, arch, group.size(), group.rank())
+                    for name in held.row.hf
+                ]
                 held.parameter.copy_(held.row.join(tuple(pieces), arch))
                 _mark_as_cut(held)
 
@@ -209,48 +260,3 @@ def _mark_as_cut(held: Held) -> None:
     """
     if held.row.cut is not None and not hasattr(held.parameter, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(held.parameter, True, held.row.cut, 1)
-
-
-def _whole(shards: Sequence[Tensor], held_row: Row, arch: Architecture) -> Pieces:
-    """The full HF tensors from the parameter's shards on all tensor-parallel ranks."""
-    cut = held_row.cut
-    if cut is None:
-        return held_row.split(shards[0], arch)
-    per_rank = [held_row.split(shard, arch) for shard in shards]
-    whole = tuple(torch.cat(pieces, dim=cut) for pieces in zip(*per_rank, strict=True))
-    return tuple(t[: arch.vocab_size] for t in whole) if held_row in VOCABULARY else whole
-
-
-def gather_unit(parts: Sequence[Held], arch: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """`(hf_name, full tensor)` of one unit, on every tensor-parallel rank of the stage that holds
-    it.
-
-    One all-gather per unit: its parameters travel in one flat buffer.
-    """
-    tp = mpu.get_tensor_model_parallel_world_size()
-    flat = torch.cat([held.parameter.detach().flatten() for held in parts])
-    if tp == 1:
-        shards = [flat]
-    else:
-        shards = [torch.empty_like(flat) for _ in range(tp)]
-        torch.distributed.all_gather(shards, flat, group=mpu.get_tensor_model_parallel_group())
-    sizes = [held.parameter.numel() for held in parts]
-    per_parameter = zip(*(shard.split(sizes) for shard in shards), strict=True)
-    for held, pieces in zip(parts, per_parameter, strict=True):
-        shaped = [piece.view(held.parameter.shape) for piece in pieces]
-        yield from zip(held.hf, _whole(shaped, held.row, arch), strict=True)
-
-
-def hf_shapes(
-    unit: Unit, arch: Architecture, shapes: Mapping[str, Any]
-) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the HF tensors of `unit`, given those of the whole model, in the
-    table's order.
-    """
-    if unit.startswith("layer "):
-        prefix = f"model.layers.{int(unit.split()[1]) - 1}."
-        names = [prefix + n for row in layer_rows(arch) for n in row.hf]
-    else:
-        row = {"embedding": EMBEDDING, "final_norm": FINAL_NORM, "unembedding": UNEMBEDDING}[unit]
-        names = list(row.hf)
-    return {name: tuple(shapes[name]) for name in names}

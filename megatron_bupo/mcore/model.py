@@ -20,8 +20,9 @@ from megatron_bupo.config.schema import Config
 from megatron_bupo.hf.architecture import Architecture, DecoderSizes
 from megatron_bupo.mcore import cpu, parallel
 from megatron_bupo.mcore.logprobs import VocabShard
+from megatron_bupo.mcore.moe import expert_settings
 from megatron_bupo.mcore.native import build_native
-from megatron_bupo.mcore.spec import block_spec
+from megatron_bupo.mcore.spec import block_spec, uses_transformer_engine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -44,6 +45,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         "activation_func": F.silu,
         "bias_activation_fusion": torch.cuda.is_available(),
         "perform_initialization": False,  # every weight comes from the checkpoint
+        **expert_settings(arch.experts, arch.layers, grouped=uses_transformer_engine()),
     }
     return build_native(TransformerConfig, ours | run_settings(config), config.megatron)
 
@@ -71,6 +73,8 @@ def run_settings(config: Config) -> dict[str, Any]:
         "pipeline_model_parallel_size": parallel.pp,
         "virtual_pipeline_model_parallel_size": parallel.vpp if interleaved else None,
         "sequence_parallel": parallel.sp,
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": parallel.etp or parallel.tp,
         # Batched sends between two stages confuse "previous" with "next", silently: at PP=2 they
         # are one peer.
         "overlap_p2p_comm": interleaved,

@@ -21,9 +21,11 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_bupo.mcore.attention import PackedAttention, PackedTEAttention
+from megatron_bupo.mcore.moe import has_experts, with_balancing_router
 
 
 class RMSNorm(torch.nn.Module):
@@ -48,8 +50,8 @@ def uses_transformer_engine() -> bool:
     return te.HAVE_TE and torch.cuda.is_available()
 
 
-def _plain_layer(*, qk_norm: bool) -> ModuleSpec:
-    layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
+def _plain_layer(*, qk_norm: bool, experts: int | None) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(experts, qk_layernorm=qk_norm, normalization="RMSNorm")
     parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention: Any = parts.self_attention.submodules
@@ -65,12 +67,20 @@ def block_spec(
     """The layers that this pipeline stage (and virtual stage) builds, and the norm after the
     last one.
     """
-    if uses_transformer_engine():
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
-        parts: Any = layer.submodules
-        parts.self_attention.submodules.core_attention = PackedTEAttention
-        norm: Any = te.TENorm
-    else:
-        layer, norm = _plain_layer(qk_norm=qk_norm), RMSNorm
-    layers = get_num_layers_to_build(config, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+    def layer(experts: int | None) -> ModuleSpec:
+        if uses_transformer_engine():
+            spec = get_gpt_layer_with_transformer_engine_spec(
+                experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=qk_norm
+            )
+            parts: Any = spec.submodules
+            parts.self_attention.submodules.core_attention = PackedTEAttention
+        else:
+            spec = _plain_layer(qk_norm=qk_norm, experts=experts)
+        return with_balancing_router(spec) if experts else spec
+
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    last = first + get_num_layers_to_build(config, vp_stage, pp_rank)
+    specs = [layer(config.num_moe_experts if i else None) for i in has_experts(config)[first:last]]
+    norm: Any = te.TENorm if uses_transformer_engine() else RMSNorm
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)

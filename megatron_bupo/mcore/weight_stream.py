@@ -1,20 +1,23 @@
 """The model as a stream of `(hf_name, full tensor)`: all that trainer and rollout engines share.
 
-Unit by unit (embedding, each layer, ...) the stage that holds a unit gathers it over its
-tensor-parallel ranks and broadcasts it along the pipeline, in one flat buffer. No rank ever holds
-more than one unit beside its own shards. Only units that the step's policy trains travel.
+Unit by unit (embedding, each layer, ...) the stage that holds a unit gathers it over the ranks that
+share it and broadcasts it along the pipeline, in one flat buffer; experts follow in parcels of
+bounded size. No rank ever holds more than one unit's parcel beside its own shards. Only units that
+the step's policy trains travel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
+from megatron_bupo import progress
 from megatron_bupo.algorithm.bupo import InternalLayerPolicy, Policy
 from megatron_bupo.config.optimizer_rules import layers_of
 from megatron_bupo.hf.architecture import Architecture, DecoderSizes
@@ -22,13 +25,18 @@ from megatron_bupo.hf.tensors import expected_tensors
 from megatron_bupo.mcore import cpu, parallel
 from megatron_bupo.mcore.depth import skips_final_norm
 from megatron_bupo.mcore.hf_weights import (
+    VOCABULARY,
+    Pieces,
+    Row,
     Unit,
-    gather_unit,
     held_units,
-    hf_shapes,
     layer_unit,
+    shard_group,
+    unit_rows,
     units,
 )
+
+PARCEL_BYTES = 2**29  # of whole experts, gathered at a time
 
 
 def trained_units(
@@ -52,8 +60,15 @@ def trained_units(
 class WeightStream:
     """The chunks of this rank as a source of full HF tensors."""
 
-    def __init__(self, chunks: Sequence[Any], arch: Architecture, dtype: torch.dtype) -> None:
-        self.arch, self.dtype = arch, dtype
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        arch: Architecture,
+        dtype: torch.dtype,
+        *,
+        parcel_bytes: int = PARCEL_BYTES,
+    ) -> None:
+        self.arch, self.dtype, self.parcel_bytes = arch, dtype, parcel_bytes
         self.held = held_units(chunks, arch)
         self.shapes = expected_tensors(arch)
         self.owner = self._owners()
@@ -81,21 +96,84 @@ class WeightStream:
     def tensors(self, wanted: Collection[Unit]) -> Iterator[tuple[str, Tensor]]:
         """`(hf_name, full tensor)` of the `wanted` units, the same on every rank. Collective."""
         for unit in wanted:
-            yield from self._unit(unit)
+            mine = {held.row.hf: held.parameter for held in self.held.get(unit, ())}
+            for parcel in parcels(unit, self.arch, self._experts_at_a_time()):
+                progress.beat()
+                yield from self._send(parcel, mine, self.owner[unit])
 
-    def _unit(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
-        group, owner = parallel.pipeline_group(), self.owner[unit]
-        mine = dict(gather_unit(self.held[unit], self.arch)) if unit in self.held else None
+    def _experts_at_a_time(self) -> int:
+        """Of each expert-parallel rank, so that together they are a parcel."""
+        if self.arch.experts is None:
+            return 1
+        numbers = 3 * self.arch.hidden_size * self.arch.experts.ffn_size
+        bytes_ = numbers * self.dtype.itemsize * mpu.get_expert_model_parallel_world_size()
+        return max(1, self.parcel_bytes // bytes_)
+
+    def _send(
+        self, parcel: Sequence[Row], mine: Mapping[tuple[str, ...], nn.Parameter], owner: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        group = parallel.pipeline_group()
+        whole = dict(gather(parcel, mine, self.arch)) if mine else {}
         if group.size() == 1:
-            assert mine is not None
-            yield from mine.items()
+            yield from whole.items()
             return
-        shapes = hf_shapes(unit, self.arch, self.shapes)
-        sizes = [prod(shape) for shape in shapes.values()]
-        if owner == dist.get_rank() and mine is not None:
-            flat = torch.cat([mine[name].flatten() for name in shapes])
+        names = [name for row in parcel for name in row.hf]
+        sizes = [prod(self.shapes[name]) for name in names]
+        if owner == dist.get_rank():
+            flat = torch.cat([whole[name].flatten() for name in names])
         else:
             flat = torch.empty(sum(sizes), dtype=self.dtype, device=cpu.device())
         dist.broadcast(flat, owner, group=group)
-        for (name, shape), piece in zip(shapes.items(), flat.split(sizes), strict=True):
-            yield name, piece.view(shape)
+        for name, piece in zip(names, flat.split(sizes), strict=True):
+            yield name, piece.view(self.shapes[name])
+
+
+def parcels(unit: Unit, arch: Architecture, experts_at_a_time: int) -> Iterator[list[Row]]:
+    """The rows of `unit` that are gathered at a time: all but the experts', then some experts of
+    each expert-parallel rank, rank by rank.
+    """
+    common: list[Row] = []
+    of: dict[int, list[Row]] = {}
+    for row in unit_rows(unit, arch):
+        (common if row.expert is None else of.setdefault(row.expert, [])).append(row)
+    yield common
+    own = len(of) // mpu.get_expert_model_parallel_world_size()
+    for first in range(0, own, experts_at_a_time):
+        last = min(first + experts_at_a_time, own)
+        ranks = range(0, len(of), own)
+        yield [row for rank in ranks for e in range(rank + first, rank + last) for row in of[e]]
+
+
+def gather(
+    parcel: Sequence[Row], mine: Mapping[tuple[str, ...], nn.Parameter], arch: Architecture
+) -> Iterator[tuple[str, Tensor]]:
+    """`(hf_name, full tensor)` of the rows of `parcel`, on every rank of the stage that holds
+    them, from `mine`: HF names -> this rank's parameter.
+
+    One all-gather of one flat buffer, over the ranks that cut these rows or share these experts.
+    """
+    own = [mine[row.hf] for row in parcel if row.hf in mine]
+    group = shard_group(parcel[0])
+    if len(own) < len(parcel):  # its ranks are ordered by expert, then by shard
+        group = cast("dist.ProcessGroup", mpu.get_expert_tensor_and_model_parallel_group())
+    flat = torch.cat([parameter.detach().flatten() for parameter in own])
+    shards = [flat]
+    if group.size() > 1:
+        shards = [torch.empty_like(flat) for _ in range(group.size())]
+        dist.all_gather(shards, flat, group=group)
+    pieces = [shard.split([parameter.numel() for parameter in own]) for shard in shards]
+    cuts = len(shards) * len(own) // len(parcel)
+    for i, row in enumerate(parcel):
+        holder, place = divmod(i, len(own))
+        theirs = pieces[holder * cuts : (holder + 1) * cuts]
+        shaped = [piece[place].view(own[place].shape) for piece in theirs]
+        yield from zip(row.hf, _whole(shaped, row, arch), strict=True)
+
+
+def _whole(shards: Sequence[Tensor], row: Row, arch: Architecture) -> Pieces:
+    """The full HF tensors from the parameter's shards on all ranks that cut it."""
+    if row.cut is None:
+        return row.split(shards[0], arch)
+    per_rank = [row.split(shard, arch) for shard in shards]
+    whole = tuple(torch.cat(pieces, dim=row.cut) for pieces in zip(*per_rank, strict=True))
+    return tuple(t[: arch.vocab_size] for t in whole) if row in VOCABULARY else whole

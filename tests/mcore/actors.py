@@ -136,7 +136,7 @@ def _gradient(parameter: nn.Parameter) -> nn.Parameter:
 
 def _gather_gradient_shards(ddp: Any) -> None:
     """The distributed optimizer leaves each rank the sum of its own shard of a bucket only."""
-    for buffer in ddp.buffers:
+    for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
             shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()

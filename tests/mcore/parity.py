@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy
-from tests.dense import DenseUpdate, dense_logprobs, dense_model, dense_update
+from tests.dense import DenseUpdate, by_hf_name, dense_logprobs, dense_model, dense_update
 from tests.mcore.actors import (
     full_gradients,
     random_batch,
@@ -42,6 +42,7 @@ LLAMA = _COMMON | {
     "kv_heads": 4,
     "head_dim": 16,
 }
+MOE = _COMMON | {"family": "qwen3_moe", "head_dim": 12, "num_experts": 6}
 TIED = {"tied": True}
 DIST: dict[str, Any] = {"distributed_optimizer": True}
 BF16 = "bfloat16"
@@ -228,7 +229,7 @@ def reference(case: Case, model_dir: Path) -> Reference:
     """The dense model's numbers; of a bf16 case in fp32, on weights rounded to bf16."""
     dtype = getattr(torch, case.dtype)
     model = dense_model(model_dir, dtype).float()
-    weights = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+    weights = by_hf_name((name, p.detach().to(dtype)) for name, p in model.named_parameters())
     batch, updates, allowed = random_batch(vocab=case.model["vocab"]), {}, EXACT
     for policy in policies(case.model.get("layers", 4)):
         logprobs, _ = dense_logprobs(model, batch, policy)

@@ -72,6 +72,16 @@ def test_bfloat16_weights_come_back_as_they_were_rounded(
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
 
 
+def _in_transformer_engine(name: str, *, moe: bool) -> str:
+    """The names that mbridge knows: a norm is part of the next linear layer, and experts' matrices
+    lie side by side.
+    """
+    name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
+    if not moe:
+        name = name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+    return re.sub(r"local_experts\.(\d+)\.(linear_fc.\.weight)", r"\2\1", name)
+
+
 def _shards(model_dir: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """This rank's parameters by their Megatron names: what we loaded, what mbridge would load."""
     from mbridge import AutoBridge
@@ -83,12 +93,7 @@ def _shards(model_dir: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     stored = load_file(model_dir / "model.safetensors")
     ours, theirs = {}, {}
     for name, parameter in trainer.gpt_chunks[0].named_parameters():
-        # mbridge knows Transformer Engine's names, which fuse a norm into the next linear layer.
-        known_as = re.sub(
-            r"\.pre_mlp_layernorm\.",
-            ".mlp.linear_fc1.layer_norm_",
-            re.sub(r"\.input_layernorm\.", ".self_attention.linear_qkv.layer_norm_", name),
-        )
+        known_as = _in_transformer_engine(name, moe="moe" in hf_config.model_type)
         hf_names = bridge._weight_name_mapping_mcore_to_hf(known_as)
         whole = bridge._weight_to_mcore_format(known_as, [stored[n] for n in hf_names])
         cut = bridge._weight_split_across_tp(known_as, whole, parameter, 2)
@@ -104,7 +109,7 @@ def test_names_and_shards_are_those_of_mbridge(
     pytest.importorskip("mbridge", reason="mbridge, the second implementation, is not installed")
     model_dir = tiny_model_dir(family=family, vocab=66, tied=tied)  # mbridge does not pad by TP
     for ours, theirs in run_ranks(2, _shards, model_dir):
-        per_layer = {"qwen2": 7, "qwen3": 8, "llama": 6}[family]
+        per_layer = {"qwen2": 7, "qwen3": 8, "qwen3_moe": 7 + 4 * 2, "llama": 6}[family]
         assert len(ours) == 4 * per_layer + (2 if tied else 3)
         for name, shard in ours.items():
             assert torch.equal(shard, theirs[name]), name
@@ -119,7 +124,7 @@ def test_the_tables_rows_are_undone_exactly(tiny_model_dir: Callable[..., Path])
     for family in FAMILIES:
         arch = read_architecture(tiny_model_dir(family=family, heads=8, kv_heads=2))
         shapes = expected_tensors(arch)
-        for row in layer_rows(arch):
+        for row in layer_rows(arch, 1):
             pieces = tuple(
                 torch.arange(torch.Size(shapes[f"model.layers.0.{n}"]).numel()).view(
                     shapes[f"model.layers.0.{n}"]
