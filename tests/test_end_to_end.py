@@ -117,11 +117,13 @@ def test_what_happens_to_the_optimizer_at_the_switch_tells_runs_apart(bed: Bed, 
     short = [*ONE_PROCESS, *SHORT, "steps=3", "bupo.internal_steps=2"]
     runs = {
         policy: bed.train(tmp_path / policy, *short, f"bupo.optimizer_at_switch={policy}")
-        for policy in ("per_layer_step", "common_step", "reset")
+        for policy in ("per_layer_step", "common_step", "reset", "warmup")
     }
-    assert runs["per_layer_step"][:2] == runs["common_step"][:2] == runs["reset"][:2]
+    assert all(run[:2] == runs["per_layer_step"][:2] for run in runs.values())
     last = [run[2]["update/ratio_mean"] for run in runs.values()]
-    assert len(set(last)) == 3
+    assert len(set(last)) == 4
+    rates = {policy: run[2]["update/learning_rate"] for policy, run in runs.items()}
+    assert rates == {**dict.fromkeys(runs, 5e-4), "warmup": 5e-5}
 
 
 @pytest.mark.parametrize(

@@ -276,3 +276,18 @@ def test_a_grader_that_is_killed_does_not_stop_the_run(bed: Bed, finished: Path,
     assert steps_trained(done.out) == [1, 2, 3, 4, 5, 6]
     lost = sum(line["rollout/reward_warnings"] for line in metrics(tmp_path))
     assert lost <= len(graders)
+
+
+def test_a_run_that_is_not_finite_stops_and_goes_on_from_its_checkpoint_once_it_is(
+    bed: Bed, stopped: Path, finished: Path, tmp_path: Path
+):
+    (tmp_path / "huge.py").write_text(
+        "def reward(response, answer):\n    return 1e38 * (sum(map(ord, response)) % 2)\n"
+    )
+    huge = (f"reward.function={tmp_path / 'huge.py'}:reward", "algorithm.normalize_by_std=false")
+    done = run("train", *bed.settings(stopped, *huge, "optimizer.max_skipped_updates=1"))
+    assert done.code == 2
+    assert "step 6: 1 skipped updates in a row: the gradient norm was " in done.err
+    done = run("train", *bed.settings(stopped))
+    assert done.code == 0, done.err
+    assert_same_run(stopped, finished)

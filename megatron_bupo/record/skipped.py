@@ -27,7 +27,7 @@ class SkippedUpdates:
             if self.in_a_row >= self.most:
                 raise InputError(
                     f"step {step + 1}",
-                    f"{self.in_a_row} updates in a row were skipped: {_cause(update)}",
+                    f"{self.in_a_row} skipped updates in a row: {_cause(update)}",
                     "start again with a lower optimizer.lr, to go on from the last checkpoint, "
                     "whose weights are finite, or raise optimizer.max_skipped_updates",
                 )

@@ -32,7 +32,7 @@ def test_too_many_in_a_row_stop_the_run_across_steps_but_a_good_update_begins_an
     with pytest.raises(InputError) as error:
         skipped.after(2, [INF, GOOD])
     assert str(error.value) == (
-        "step 3: 3 updates in a row were skipped: the gradient norm was inf (the loss 0.25); start "
+        "step 3: 3 skipped updates in a row: the gradient norm was inf (the loss 0.25); start "
         "again with a lower optimizer.lr, to go on from the last checkpoint, whose weights are "
         "finite, or raise optimizer.max_skipped_updates"
     )
