@@ -34,7 +34,7 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
     sources = [] if path is None else _read_with_defaults(Path(expand(path)))
     for where, settings in [*sources, (COMMAND_LINE, _parse_overrides(overrides))]:
         for key, value in settings:
-            merged = _set(merged, key, value, where)
+            _set(merged, key, value, where)
     try:
         for key in sorted(OmegaConf.missing_keys(merged)):
             raise InputError(key, "has no value", f"set it in the YAML file or as {key}=...")
@@ -64,11 +64,20 @@ def expand(path: str) -> str:
 
 
 def _defaults() -> DictConfig:
-    """The schema's defaults, open to merging: omegaconf < 2.4 keeps frozen classes read-only."""
+    """The schema's defaults, open to merging: OmegaConf keeps frozen classes read-only."""
     merged = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(merged, False)
     for section in _sections():
         OmegaConf.set_readonly(OmegaConf.select(merged, section), False)
     return merged
+
+
+def _begin_section(merged: DictConfig, key: str) -> None:
+    """Give the optional section that `key` is or is in its defaults, if it is not there yet."""
+    for section, kind in _optional_sections().items():
+        if f"{key}.".startswith(f"{section}.") and OmegaConf.select(merged, section) is None:
+            OmegaConf.update(merged, section, OmegaConf.structured(kind))
+            OmegaConf.set_readonly(OmegaConf.select(merged, section), False)
 
 
 def _read_with_defaults(path: Path) -> list[tuple[str, Iterable[Setting]]]:
@@ -88,8 +97,8 @@ def _read_with_defaults(path: Path) -> list[tuple[str, Iterable[Setting]]]:
                 f"{path} already builds on this file, and inheritance is one level deep",
                 "merge the two, or list both under the `defaults` of the first file",
             )
-        sources.append((str(parent), _leaves_of(delta, stop_at=frozenset(_schema()))))
-    return [*sources, (str(path), _leaves_of(child, stop_at=frozenset(_schema())))]
+        sources.append((str(parent), _leaves_of(delta, stop_at=_values())))
+    return [*sources, (str(path), _leaves_of(child, stop_at=_values()))]
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
@@ -124,7 +133,7 @@ def _parse_overrides(overrides: Sequence[str]) -> Iterator[Setting]:
         if not equals or not key.strip():
             raise InputError(f"{override} ({COMMAND_LINE})", "is not of the form key=value")
         value = _spaced(_parse_yaml(text, f"{override} ({COMMAND_LINE})"))
-        yield from _leaves_of({key.strip(): value}, stop_at=frozenset(_schema()))
+        yield from _leaves_of({key.strip(): value}, stop_at=_values())
 
 
 def _spaced(value: Any) -> Any:
@@ -150,6 +159,8 @@ def _leaves_of(
     for name, value in delta.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and key not in stop_at:
+            if not value and key in _optional_sections():  # all of its defaults
+                yield key, value
             yield from _leaves_of(value, stop_at, f"{key}.")
         elif value is not None or key not in _sections():  # `model:` with nothing below it
             yield key, value
@@ -163,34 +174,53 @@ def _schema() -> dict[str, Any]:
 
 def _settings_of(section: type, prefix: str) -> Iterator[Setting]:
     for name, kind in get_type_hints(section).items():
-        if dataclasses.is_dataclass(kind):
-            yield from _settings_of(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
-        else:
+        inside = _section_in(kind)
+        if inside is not kind:
             yield f"{prefix}{name}", kind
+        if inside is not None:
+            yield from _settings_of(inside, f"{prefix}{name}.")
+
+
+def _section_in(kind: Any) -> Any:
+    """The dataclass that `kind` is, or that it is if not null; None: it is no section."""
+    kinds = get_args(kind) if type(None) in get_args(kind) else [kind]
+    return next((k for k in kinds if dataclasses.is_dataclass(k)), None)
 
 
 @cache
 def _sections() -> frozenset[str]:
-    return frozenset(key.rpartition(".")[0] for key in _schema() if "." in key)
+    """The sections that are always there."""
+    return frozenset(key.rpartition(".")[0] for key in _schema() if "." in key) - _schema().keys()
 
 
-def _set(merged: DictConfig, key: str, value: Any, where: str) -> DictConfig:
-    """`merged` with `key` set to `value`; a mapping joins the one there, a list replaces it."""
+@cache
+def _optional_sections() -> dict[str, Any]:
+    """Dotted key -> dataclass of the sections that may be null."""
+    return {key: _section_in(kind) for key, kind in _schema().items() if _section_in(kind)}
+
+
+@cache
+def _values() -> frozenset[str]:
+    """The settings in which a mapping is the value, and not another way to write several."""
+    numbers = {key for key, kind in _schema().items() if kind == dict[str, float]}
+    return frozenset(_schema().keys() - _optional_sections().keys() - numbers)
+
+
+def _set(merged: DictConfig, key: str, value: Any, where: str) -> None:
+    """Set `key` to `value` in `merged`; a mapping joins the one there, a list replaces it."""
     kind = _kind(key, value, where)
-    if get_origin(kind) is dict and isinstance(value, dict):
-        value = {str(name): item for name, item in value.items()}  # YAML reads `7:` as a number
     nested = value
     for name in reversed(key.split(".")):
         nested = {name: nested}
     try:
         if get_origin(kind) is tuple and len(value) != len(get_args(kind)):
             raise TypeError
-        result = OmegaConf.merge(merged, nested)
+        if value is not None:
+            _begin_section(merged, key)
+        merged.merge_with(nested)  # in place: OmegaConf.merge copies all of it first
     except (OmegaConfBaseException, TypeError, ValueError):
         shown = "null" if value is None else value
         raise InputError(f"{key}={shown} ({where})", f"must be {_in_words(kind)}") from None
-    assert isinstance(result, DictConfig)
-    return result
 
 
 def _kind(key: str, value: Any, where: str) -> Any:
@@ -200,8 +230,9 @@ def _kind(key: str, value: Any, where: str) -> Any:
         _refuse_unknown_fields(key, value, where)
         return schema[key]
     names = key.split(".")
-    if any(get_origin(schema.get(".".join(names[:i]))) is dict for i in range(1, len(names))):
-        return Any  # below a free mapping, such as megatron.*
+    for above in (schema.get(".".join(names[:i])) for i in range(1, len(names))):
+        if get_origin(above) is dict:  # such as megatron.*
+            return get_args(above)[1]
     if key in _sections():
         inside = next(name for name in schema if name.startswith(f"{key}."))
         raise InputError(
