@@ -76,7 +76,7 @@ def _begin_section(merged: DictConfig, key: str) -> None:
     """Give the optional section that `key` is or is in its defaults, if it is not there yet."""
     for section, kind in _optional_sections().items():
         if f"{key}.".startswith(f"{section}.") and OmegaConf.select(merged, section) is None:
-            OmegaConf.update(merged, section, OmegaConf.structured(kind))
+            OmegaConf.update(merged, section, OmegaConf.structured(kind), merge=False)
             OmegaConf.set_readonly(OmegaConf.select(merged, section), False)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bupo.config import Config, expand, flatten, load_config, to_yaml
-from megatron_bupo.config.schema import StageConfig
+from megatron_bupo.config.schema import ParallelConfig, StageConfig
 from megatron_bupo.errors import InputError
 
 NEEDED = ["model.path=model", "data.train=train.jsonl"]
@@ -86,6 +86,43 @@ def test_stages_may_be_written_without_spaces():
     assert tight.bupo.stages == [StageConfig(2, 3), StageConfig(4, 5)]
 
 
+LAYOUT = "bupo.internal_layout"
+
+
+def test_a_section_that_may_be_null_begins_with_its_defaults_and_can_be_turned_off_again(
+    tmp_path: Path,
+):
+    file = write(tmp_path / "run.yaml", "bupo: {internal_layout: {tp: 2, cp: 2}}\n")
+    layouts = [
+        load_config(path, [*NEEDED, *overrides]).bupo.internal_layout
+        for path, overrides in [
+            (None, []),
+            (None, [f"{LAYOUT}.tp=1", f"{LAYOUT}.dp=4"]),
+            (None, [f"{LAYOUT}={{}}"]),
+            (file, []),
+            (file, [f"{LAYOUT}.dp=2", f"{LAYOUT}={{tp:4}}"]),
+            (file, [f"{LAYOUT}=null"]),
+            (file, [f"{LAYOUT}=null", f"{LAYOUT}.pp=2"]),
+        ]
+    ]
+    assert layouts == [
+        None,
+        ParallelConfig(tp=1, dp=4),
+        ParallelConfig(),
+        ParallelConfig(tp=2, cp=2),
+        ParallelConfig(tp=4, cp=2, dp=2),
+        None,
+        ParallelConfig(pp=2),
+    ]
+
+
+def test_a_mapping_of_numbers_is_set_whole_or_one_by_one(tmp_path: Path):
+    file = write(tmp_path / "run.yaml", "optimizer: {lr_factors: {1-6: 0.1, 7: 2}}\n")
+    more = ['optimizer.lr_factors={"1-6":0.5,embedding:0}', "optimizer.lr_factors.9=3"]
+    factors = load_config(file, [*NEEDED, *more]).optimizer.lr_factors
+    assert factors == {"1-6": 0.5, "7": 2.0, "embedding": 0.0, "9": 3.0}
+
+
 def test_a_list_replaces_the_one_it_builds_on(tmp_path: Path):
     file = write(tmp_path / "run.yaml", "bupo: {stages: [{layer: 1, steps: 1}]}\n")
     config = load_config(file, [*NEEDED, "bupo.stages=[{layer: 2, steps: 2}]"])
@@ -137,6 +174,24 @@ def test_a_path_stays_as_it_was_written_until_it_is_expanded(
         ("optimizer.betas=0.9", "optimizer.betas=0.9 (command line): must be a list of 2 numbers"),
         ("optimizer.betas=[1]", "optimizer.betas=[1] (command line): must be a list of 2 numbers"),
         ("bupo.stages=3", "bupo.stages=3 (command line): must be a list of {layer, steps}"),
+        (
+            f"{LAYOUT}.tpp=2",
+            f"{LAYOUT}.tpp (command line): unknown key; the nearest key is {LAYOUT}.tp",
+        ),
+        (
+            f"{LAYOUT}={{sq: true}}",
+            f"{LAYOUT}.sq (command line): unknown key; the nearest key is {LAYOUT}.sp",
+        ),
+        (f"{LAYOUT}={{tp: x}}", f"{LAYOUT}.tp=x (command line): must be a whole number"),
+        (f"{LAYOUT}=3", f"{LAYOUT}=3 (command line): must be a mapping of settings or null"),
+        (
+            "optimizer.lr_factors={embedding: slow}",
+            "optimizer.lr_factors.embedding=slow (command line): must be a number",
+        ),
+        (
+            "optimizer.lr_factors=1",
+            "optimizer.lr_factors=1 (command line): must be a mapping of settings",
+        ),
         ("megatron=3", "megatron=3 (command line): must be a mapping of settings"),
         ("model=3", "model=3 (command line): is a section; set keys in it: model.path=..."),
         ("steps", "steps (command line): is not of the form key=value"),
@@ -204,6 +259,8 @@ RICH = [
     "megatron={a: {b: 1}}",
     "data.chat_template_kwargs.enable_thinking=false",
     "data.system_prompt='Be: brief\n'",
+    "bupo.internal_layout.dp=2",
+    "optimizer.lr_factors={7: 0.1}",
 ]
 
 
