@@ -27,6 +27,7 @@ from megatron_bupo.mcore.depth import attach, returning_hidden_states
 from megatron_bupo.mcore.hf_weights import load
 from megatron_bupo.mcore.logprobs import chunked_logprobs
 from megatron_bupo.mcore.microbatches import Microbatch, cut, deal, input_lengths
+from megatron_bupo.mcore.moe import has_balance_loss, padding_mask
 from megatron_bupo.mcore.packed import Split
 from megatron_bupo.mcore.weight_stream import WeightStream
 from megatron_bupo.types import TokenBatch
@@ -57,6 +58,7 @@ class MegatronActor:
         self.native, self.gpt_chunks, self.weights = loaded
         use_packed_rows(self.gpt_chunks)
         self.router = attach(self.gpt_chunks)
+        self.balances = has_balance_loss(self.native)
         self.shard = model.vocab_shard(arch)
         self.split = Split(
             cp=mpu.get_context_parallel_world_size(),
@@ -143,8 +145,13 @@ class MegatronActor:
             gpt = self.gpt_chunks[self.wrapped.index(wrapped)]
             with returning_hidden_states(gpt):
                 packed = microbatch.packed
-                positions = packed.positions.unsqueeze(0)
-                out = wrapped(microbatch.input_ids, positions, None, packed_seq_params=packed)
+                out = wrapped(
+                    microbatch.input_ids,
+                    packed.positions.unsqueeze(0),
+                    None,
+                    packed_seq_params=packed,
+                    padding_mask=padding_mask(gpt, microbatch.padding) if self.balances else None,
+                )
             return out, partial(learn or score, microbatch)  # type: ignore[arg-type]
 
         iterators = [iter(microbatches) for _ in self.wrapped]

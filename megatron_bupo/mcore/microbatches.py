@@ -25,6 +25,7 @@ class Microbatch:
     """
 
     input_ids: Tensor  # [1, tokens]
+    padding: Tensor  # [1, tokens], true where a token belongs to no response
     packed: PackedRow
     # all [response tokens predicted on this rank]:
     rows: Tensor  # places in [tokens]: where they are predicted
@@ -113,17 +114,22 @@ def _pack(
     batch: TokenBatch, responses: Sequence[int], packing: Packing, device: torch.device
 ) -> Microbatch:
     width = batch.input_ids.shape[1]
+    lengths, long = input_lengths(batch), torch.long
+    ends = torch.tensor([lengths[i] for i in responses], dtype=long).repeat_interleave(
+        torch.tensor(packing.lengths, dtype=long)
+    )
     sequences = [
         F.pad(batch.input_ids[i, :size], (0, max(0, size - width)))
         for i, size in zip(responses, packing.lengths, strict=True)
     ]
     ids = torch.cat([batch.input_ids.new_zeros(0), *sequences])
-    chosen = torch.tensor(responses, dtype=torch.long)
+    chosen = torch.tensor(responses, dtype=long)
     sequence, token = batch.response_mask[chosen].nonzero(as_tuple=True)
     here, rows = packing.locate(sequence, token - 1)
     response, token = chosen[sequence[here]], token[here]
     return Microbatch(
         input_ids=packing.scatter(ids).unsqueeze(0).to(device),
+        padding=~packing.scatter(packing.position < ends).unsqueeze(0).to(device),
         packed=packing.row(device),
         rows=rows[here].to(device),
         at=(response * width + token).to(device),

@@ -14,18 +14,22 @@ and counts in a minibatch as the mean over its tokens, as the policy's loss does
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_bupo.algorithm.bupo import Policy
 from megatron_bupo.hf.experts import Experts
+from megatron_bupo.mcore import cpu, parallel
+from megatron_bupo.mcore.depth import is_above
 
 if not hasattr(
     moe_utils, "te_general_gemm"
@@ -78,42 +82,68 @@ class BalancingRouter(TopKRouter):
     """
 
     minibatch_tokens = 0  # over all ranks
+    imbalance: Tensor | float = 0.0  # this rank's part of the minibatch's loss, at coefficient 1
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.calculate_per_token_loss = False
+    def begin(self, minibatch_tokens: int) -> None:
+        """A new minibatch, of so many tokens."""
+        self.minibatch_tokens, self.imbalance = minibatch_tokens, 0.0
 
     def attach_and_log_load_balancing_loss(
         self,
         activation: Tensor,
         aux_loss_coeff: float,
         aux_loss: Tensor,
-        aux_loss_name: str,
+        aux_loss_name: str,  # noqa: ARG002
         reduce_group: dist.ProcessGroup,
-        *args: Any,
+        *_: Any,
         valid_token_count: int | Tensor,
-        **kwargs: Any,
+        **__: Any,
     ) -> Tensor:
         """Add this rank's part of a micro-batch's loss to the gradient of `activation`."""
         tokens = torch.as_tensor(valid_token_count, dtype=torch.float32, device=aux_loss.device)
         if reduce_group.size() > 1:
             tokens = tokens.clone()
             dist.all_reduce(tokens, group=reduce_group)
-        share = tokens / self.minibatch_tokens
-        return super().attach_and_log_load_balancing_loss(
-            activation,
-            aux_loss_coeff,
-            aux_loss * share,
-            aux_loss_name,
-            reduce_group,
-            *args,
-            **kwargs,
-        )
+        if not tokens:  # a micro-batch of nothing but padding, whose loss is 0 / 0
+            return activation
+        loss = aux_loss * (tokens / self.minibatch_tokens)
+        self.imbalance += loss.detach() / aux_loss_coeff
+        return cast("Tensor", MoEAuxLossAutoScaler.apply(activation, loss))
 
 
-def balancing_routers(chunks: Sequence[Any]) -> Iterator[BalancingRouter]:
-    """The routers of this rank's `chunks` that have a load-balancing loss."""
-    for chunk in chunks:
-        for module in chunk.modules():
-            if isinstance(module, BalancingRouter) and module.is_aux_loss_enabled():
-                yield module
+def balancing_routers(chunks: Sequence[Any]) -> list[BalancingRouter]:
+    """The routers of this rank's `chunks`."""
+    return [
+        module
+        for chunk in chunks
+        for module in chunk.modules()
+        if isinstance(module, BalancingRouter)
+    ]
+
+
+def has_balance_loss(config: TransformerConfig) -> bool:
+    """Is the load-balancing loss on?"""
+    return config.num_moe_experts is not None and config.moe_aux_loss_coeff != 0
+
+
+def mean_imbalance(
+    routers: Sequence[BalancingRouter], experts: Experts | None, policy: Policy
+) -> float:
+    """The minibatch's load-balancing loss at coefficient 1, as a mean over the layers with
+    `experts` that `policy` reaches; 1 where all experts get as much. Collective.
+    """
+    layers = [n for n in (experts.layers if experts else ()) if not is_above(policy, n)]
+    total = torch.stack([torch.zeros(()), *(torch.as_tensor(r.imbalance).cpu() for r in routers)])
+    total = total.sum().to(cpu.device())
+    dist.all_reduce(total)
+    return float(total) / max(1, len(layers))
+
+
+def padding_mask(chunk: Any, padding: Tensor) -> Tensor:
+    """`padding` `[1, tokens]` as the GPTModel `chunk` hands it to its routers, which do not count
+    these tokens: only with the embedding does Megatron cut it for sequence parallelism.
+    """
+    if chunk.pre_process or not chunk.config.sequence_parallel:
+        return padding
+    group = parallel.tensor_group()
+    return padding.chunk(group.size(), dim=1)[group.rank()]

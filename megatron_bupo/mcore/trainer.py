@@ -24,7 +24,8 @@ from megatron_bupo.mcore import cpu, parallel
 from megatron_bupo.mcore.actor import MegatronActor, put_together
 from megatron_bupo.mcore.ddp import PhasedDDP, overlap
 from megatron_bupo.mcore.hf_weights import Unit, units
-from megatron_bupo.mcore.microbatches import Microbatch
+from megatron_bupo.mcore.microbatches import Microbatch, input_lengths
+from megatron_bupo.mcore.moe import balancing_routers, mean_imbalance
 from megatron_bupo.mcore.native import build_native
 from megatron_bupo.mcore.optimizer import PhasedOptimizer
 from megatron_bupo.mcore.reference import ReferenceWeights
@@ -46,6 +47,7 @@ class MegatronTrainer(MegatronActor):
         self, arch: DecoderSizes, config: Config, open_slice: Callable[[str], Any]
     ) -> None:
         super().__init__(arch, config, open_slice)
+        self.routers = balancing_routers(self.gpt_chunks)
         self.native.finalize_model_grads_func = _finalize
         self.wrapped = [PhasedDDP(self.native, self._ddp_config(), m) for m in self.wrapped]
         overlap(self.native, self.wrapped)
@@ -96,9 +98,14 @@ class MegatronTrainer(MegatronActor):
             chunk.train_only(parameters)
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        for router in self.routers:
+            router.begin(sum(input_lengths(minibatch)))
         weights = token_weights(minibatch.response_mask, self.config.algorithm.loss_aggregation)
         outcomes = self._run(minibatch, policy, learn=partial(self._loss, minibatch, weights))
         report = self._report([sums for sums, _ in outcomes])
+        if self.balances:
+            imbalance = mean_imbalance(self.routers, self.arch.experts, policy)
+            report["update/expert_imbalance"] = imbalance
         scores = None
         if minibatch.old_logprobs is None:
             scores = put_together(minibatch, [scored for _, scored in outcomes])

@@ -43,6 +43,7 @@ LLAMA = _COMMON | {
     "head_dim": 16,
 }
 MOE = _COMMON | {"family": "qwen3_moe", "head_dim": 12, "num_experts": 6}
+SPARSE = {"mlp_only_layers": [1, 3], "norm_topk_prob": False}
 TIED = {"tied": True}
 DIST: dict[str, Any] = {"distributed_optimizer": True}
 BF16 = "bfloat16"
@@ -169,6 +170,24 @@ CASES = [
         sp=True,
         megatron=SELECTIVE,
     ),
+    _case("one rank, qwen3_moe", MOE, fast=True),
+    _case("EP2, qwen3_moe", MOE, 2, dp=2, ep=2, fast=True),
+    _case("TP2 EP2 SP, qwen3_moe", MOE, 4, tp=2, dp=2, ep=2, sp=True),
+    _case(
+        "TP2 EP2 ETP1 SP, qwen3_moe tied, some layers dense",
+        MOE | TIED | SPARSE,
+        4,
+        tp=2,
+        dp=2,
+        ep=2,
+        etp=1,
+        sp=True,
+    ),
+    _case("PP2 EP2 distributed optimizer, qwen3_moe", MOE, 4, pp=2, dp=2, ep=2, **DIST),
+    _case("DP4 EP2 distributed optimizer, qwen3_moe", MOE, 4, dp=4, ep=2, **DIST),
+    _case("PP2 VPP2 EP3, qwen3_moe", MOE, 6, pp=2, vpp=2, dp=3, ep=3),
+    _case("recompute, CP2 EP2, qwen3_moe", MOE, 2, cp=2, ep=2, megatron=RECOMPUTE),
+    _case("bf16, EP2, qwen3_moe", MOE, 2, dp=2, ep=2, dtype=BF16),
     _case("bf16, one rank, qwen3 tied", QWEN3 | TIED, dtype=BF16, fast=True),
     _case("bf16, TP2 PP2 SP, llama", LLAMA, 4, tp=2, pp=2, sp=True, dtype=BF16),
     _case(
