@@ -6,7 +6,7 @@
         | H_6 2.14  H 0.31 nats | generate 41 s  train 18 s              (one line in a log)
 
 Step 12 of 300 is the record with `step` 11: a person counts the steps that are done. H is the
-entropy of the full policy, H_6 that of internal layer 6's.
+entropy of the full policy, H_6 that of internal layer 6's; KL, if asked for, that to the reference.
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ def log_line(record: Mapping[str, Any], steps: int) -> str:
             record,
             ("update/ratio_clipped_fraction", "clip {:.1%}"),
             ("update/grad_norm", "grad {:.2g}"),
+            ("update/kl_to_reference_nats", "KL {:.2g}"),
             ("update/skipped", "{:.0f} updates skipped"),
             hide_zero=("update/skipped",),
         ),
@@ -219,6 +220,7 @@ def _rows(records: Sequence[Record]) -> Iterator[tuple[str, Text]]:
         last,
         ("update/ratio_clipped_fraction", "clip {:.1%}"),
         ("update/grad_norm", "grad {:.2g}"),
+        ("update/kl_to_reference_nats", "KL {:.2g}"),
         ("update/learning_rate", "lr {:.1e}"),
     )
     yield "update", Text(update)

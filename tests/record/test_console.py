@@ -41,6 +41,12 @@ def test_the_line_of_the_full_policy_has_one_entropy_and_the_accuracy_where_meas
     assert "held-out before 0.250" in log_line(RUN[0], 300)
 
 
+def test_a_run_with_a_reference_tells_how_far_it_is():
+    assert "grad 0.31  KL 0.0025 |" in log_line(
+        RUN[0] | {"update/kl_to_reference_nats": 0.0025}, 300
+    )
+
+
 def test_what_goes_wrong_is_on_the_line_and_what_is_missing_is_not():
     record = RUN[0] | {"rollout/reward_warnings": 3.0, "rollout/truncated_fraction": 0.25}
     assert "truncated 25%  3 grader warnings" in log_line(record, 300)
