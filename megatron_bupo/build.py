@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -135,14 +135,20 @@ def _noise_seed(*keys: int) -> int:
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
 
 
+def _heartbeat(config: Config, run_dir: Path, world: int) -> AbstractContextManager[object]:
+    """What notices when the ranks hang, in whatever they do from here on."""
+    if not config.logging.stall_s:
+        return nullcontext()
+    rank = int(os.environ.get("RANK", "0"))  # known before the process group is
+    return Heartbeat(run_dir, rank=rank, world=world, stall_s=config.logging.stall_s)
+
+
 def build(ready: Preflight) -> Run:
     """Everything the loop uses, resumed from the run directory's newest checkpoint. Collective."""
     config, arch = ready.config, ready.architecture
     run_dir, model_dir = Path(expand(config.run_dir)), expand(config.model.path)
     with ExitStack() as stack:
-        if stall_s := config.logging.stall_s:
-            rank, world = int(os.environ.get("RANK", "0")), ready.layout.world
-            stack.enter_context(Heartbeat(run_dir, rank=rank, world=world, stall_s=stall_s))
+        stack.enter_context(_heartbeat(config, run_dir, ready.layout.world))
         grader = Grader(config.reward)  # early: its process starts while the rest loads
         stack.callback(grader.close)
         stack.enter_context(parallel.joined(ready.layout, seed=config.seed))
