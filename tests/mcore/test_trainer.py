@@ -124,7 +124,7 @@ def _with_and_without_old_logprobs(
     model_dir: Path, layout: dict[str, Any], batch: TokenBatch
 ) -> list[dict[str, Any]]:
     """For each policy, an update after a pass for its old log-probs, and the same without one."""
-    config = run_config(parallel=layout, rollout=RolloutConfig(temperature=0.7))
+    config = replace(run_config(parallel=layout), rollout=RolloutConfig(temperature=0.7))
     one, other = start_trainer(model_dir, config), another_trainer(model_dir, config)
     answers = []
     for policy in (INTERNAL, FULL):
