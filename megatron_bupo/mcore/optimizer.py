@@ -14,7 +14,7 @@ train whose Adam state lags behind; `bupo.optimizer_at_switch` says what happens
 
     per_layer_step  each unit keeps its moments and counts its own updates (as the authors' FSDP1
                     code does: without a gradient, no step, and no step counted)
-    common_step     one counter for all: units that begin take it over with moments of zero, so
+    common_step     the oldest unit's age for all: units that begin have moments of zero, so
                     their first updates are too large by up to (1 - beta1) / sqrt(1 - beta2)
     reset           all moments and counters start anew, also those of the units that did train
     warmup          as per_layer_step, and the learning rate warms up again (see `learning_rate`)
@@ -128,7 +128,7 @@ class PhasedOptimizer:
                 for chunk in self._chunks:
                     stack.enter_context(chunk.stepping())
                 self.megatron.step_with_ready_grads()
-        for unit in self.steps if self.at_switch == "common_step" else trained:
+        for unit in trained:
             self.steps[unit] += 1
         return float(norm)
 
@@ -136,8 +136,11 @@ class PhasedOptimizer:
     def _only(self, trained: Mapping[Unit, float], lr: float) -> Iterator[None]:
         """Inside the block the inner optimizers have nothing but the `trained` units."""
         native = {inner: inner.param_groups for inner in self._unit_of}
+        ages = self.steps
+        if self.at_switch == "common_step":
+            ages = dict.fromkeys(ages, max(ages.values()))
         for inner in native:
-            inner.param_groups = list(self._groups(inner, trained, lr))
+            inner.param_groups = list(self._groups(inner, trained, lr, ages))
             if hasattr(inner, "param_groups_master"):  # apex walks both lists, to the shorter's end
                 masters = [{"params": [None] * len(g["params"])} for g in inner.param_groups]
                 inner.param_groups_master = masters  # type: ignore[attr-defined]
@@ -148,7 +151,11 @@ class PhasedOptimizer:
                 inner.param_groups = groups
 
     def _groups(
-        self, inner: torch.optim.Optimizer, trained: Mapping[Unit, float], lr: float
+        self,
+        inner: torch.optim.Optimizer,
+        trained: Mapping[Unit, float],
+        lr: float,
+        ages: Mapping[Unit, int],
     ) -> Iterator[dict[str, Any]]:
         """`inner`'s groups for one step, cut by learning-rate factor and age."""
         for group in inner.param_groups:
@@ -156,7 +163,7 @@ class PhasedOptimizer:
             for p in group["params"]:
                 unit = self._unit_of[inner][p]
                 if unit in trained:
-                    cohorts.setdefault((trained[unit], self.steps[unit]), []).append(p)
+                    cohorts.setdefault((trained[unit], ages[unit]), []).append(p)
             for (factor, age), parameters in cohorts.items():
                 if isinstance(inner, torch.optim.Adam):
                     for p in parameters:
