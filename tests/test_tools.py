@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_bupo.config.layout import Layout
+from tests.runs import REWARD
 
 TINY = ["--layers=4", "--hidden=16", "--ffn=24", "--heads=2", "--kv-heads=2", "--vocab=32"]
 TINY += ["--responses=4", "--prompt-tokens=3", "--response-tokens=5", "--microbatch=2"]
@@ -135,3 +136,24 @@ def test_throughput_counts_the_models_own_operations(tmp_path: Path):
     tokens = full["tokens_per_s"] * full["seconds"]
     per_layer = (flops[12] - flops[2]) / 10
     assert 2 * a_layer * tokens < per_layer < 2.1 * a_layer * tokens  # attention is the rest
+
+
+@pytest.mark.slow
+def test_first_updates_after_the_switch_are_as_large_as_on_paper(tmp_path: Path, bed: Path):
+    from tools.plot_optimizer_switch import CHOICES, main
+
+    png, rewards = tmp_path / "switch.png", tmp_path / "rewards.py"
+    rewards.write_text(REWARD)
+    options = ("--internal-steps=1", "--steps=1", f"--bed={bed}", f"--png={png}")
+    settings = (f"reward.function={rewards}:reward", "evaluation.max_prompts=4")
+    settings += ("optimizer.warmup_steps=0",)
+    runs = _json_of(main, tmp_path / "switch.json", *options, *settings)
+    assert tuple(runs) == CHOICES
+    for run in runs.values():
+        assert run["updates_before"] == 4
+        assert run["begin_size"][0] == pytest.approx(run["predicted_first_size"], rel=0.01)
+        assert len(run["begin_size"]) == len(run["trained_size"]) == 4
+    mean, variance = 0.1 / (1 - 0.9**5), 0.001 / (1 - 0.999**5)
+    assert runs["common_step"]["predicted_first_size"] == pytest.approx(mean / variance**0.5)
+    assert runs["reset"]["trained_size"][0] == pytest.approx(1.0, rel=0.01)
+    assert png.stat().st_size > 10_000
