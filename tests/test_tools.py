@@ -13,7 +13,7 @@ import pytest
 from megatron_bupo.config.layout import Layout
 from tests.runs import REWARD
 
-TINY = ["--layers=4", "--hidden=16", "--ffn=24", "--heads=2", "--kv-heads=2", "--vocab=32"]
+TINY = ["--layers=6", "--hidden=16", "--ffn=24", "--heads=2", "--kv-heads=2", "--vocab=32"]
 TINY += ["--responses=4", "--prompt-tokens=3", "--response-tokens=5", "--microbatch=2"]
 
 
@@ -37,55 +37,80 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("layout", [(), ("--pp=2",), ("--tp=2", "parallel.dp=1")])
+@pytest.mark.parametrize(
+    ("layout", "absent"),
+    [
+        (("--tp=2",), {"reduced_bytes", "gathered_bytes"}),
+        (("--pp=2", "parallel.dp=2", "parallel.distributed_optimizer=true"), set()),
+    ],
+)
 def test_phase_cost_writes_a_row_per_depth_relative_to_the_full_one(
-    tmp_path: Path, layout: tuple[str, ...]
+    tmp_path: Path, layout: tuple[str, ...], absent: set[str]
 ):
-    from tools.bench_phase_cost import main
+    from tools.bench_phase_cost import QUANTITIES, main
 
     report = _json_of(main, tmp_path / "cost.json", *TINY, "--repeats=1", *layout)
     rows = report["rows"]
-    assert report["layers"] == 4
-    assert [row["layer"] for row in rows] == [2, 4]  # 2 is also half
-    for ms, ratio in {
-        "forward_backward_ms": "time_ratio",
-        "old_logprobs_ms": "old_logprobs_ratio",
-        "update_ms": "update_ratio",
-        "optimizer_ms": "optimizer_ratio",
-        "sync_ms": "sync_ratio",
-    }.items():
-        assert rows[-1][ratio] == 1.0
-        assert rows[0][ratio] == pytest.approx(rows[0][ms] / rows[-1][ms])
-        assert all(row[ms] > 0 for row in rows)
+    assert report["layers"] == 6
+    assert [row["layer"] for row in rows] == [1, 3, 5, 6]
+    for key in {quantity.key for quantity in QUANTITIES} - absent:
+        assert rows[-1][f"{key}_ratio"] == 1.0
+        for row in rows:
+            assert row[f"{key}_ratio"] == pytest.approx(row[key] / rows[-1][key])
+            assert row[key] > 0
+    assert all(row[key] == 0 and f"{key}_ratio" not in row for row in rows for key in absent)
     for row in rows:  # of one repeat, so its parts are those of one update
         parts = row["forward_backward_ms"] + row["optimizer_ms"]
         assert parts >= row["update_ms"] - 1e-6  # of the slowest rank each
         assert row["forward_backward_ms"] <= row["update_ms"]
 
 
-@pytest.mark.parametrize(("layers", "depths"), [(12, [2, 6, 12]), (3, [1, 2, 3]), (1, [1])])
-def test_phase_cost_looks_at_two_half_and_all_of_the_layers(layers: int, depths: list[int]):
+def test_phase_cost_counts_what_a_dumber_count_finds(tmp_path: Path):
+    from tools.bench_phase_cost import main
+
+    report = _json_of(main, tmp_path / "cost.json", *TINY, "--repeats=1", "parallel.dp=2")
+    hidden, ffn, vocab, head = 16, 24, 32, 8
+    norms = 2 * hidden + 2 * head
+    layer = hidden * (4 * hidden + 3 * ffn) + norms
+    for row in report["rows"]:
+        full = row["layer"] == 6
+        trained = vocab * hidden + row["layer"] * layer + full * hidden  # the final norm
+        assert row["stepped_parameters"] == 2 * trained
+        assert row["synced_bytes"] == 4 * trained
+        # Gradients in fp32, a norm of the layer above, and some numbers that tell of the update.
+        summed = 2 * 4 * (trained + (not full) * hidden)
+        assert summed <= row["reduced_bytes"] <= summed + 1000
+
+
+@pytest.mark.parametrize(("layers", "depths"), [(12, [2, 6, 10, 12]), (3, [1, 2, 3]), (1, [1])])
+def test_phase_cost_looks_at_a_sixth_half_five_sixths_and_all_of_the_layers(
+    layers: int, depths: list[int]
+):
     from tools.bench_phase_cost import Shape
 
     assert Shape(layers=layers).depths == depths
 
 
-def test_phase_cost_names_what_is_above_its_share_and_nothing_else():
-    from tools.bench_phase_cost import COLUMNS, explanations, with_ratios
+def test_phase_cost_takes_apart_what_is_above_its_share_and_nothing_else():
+    from tools.bench_phase_cost import QUANTITIES, explanations, with_ratios
 
     def row(layer: int, **slow: float) -> dict[str, Any]:
-        parts = ("unembedding_ms", "zero_grads_ms", "reduce_grads_ms")
-        times = {ms: 1.0 + layer for ms, _ in COLUMNS.values()}
-        return {"layer": layer} | times | dict.fromkeys(parts, 1.0) | slow
+        costs = {quantity.key: 10.0 + 10 * layer for quantity in QUANTITIES}
+        fixed = {part: 10.0 for quantity in QUANTITIES for part in quantity.fixed}
+        return {"layer": layer} | costs | fixed | slow
 
     one, two = Layout(1, 1, 1, 1, 1), Layout(1, 2, 1, 1, 2)
     in_proportion = with_ratios([row(2), row(6), row(12)], 12)
-    assert explanations(in_proportion, 12, one) == []
-    slow = with_ratios([row(2), row(6, optimizer_ms=12.0), row(12)], 12)
-    first, *_ = lines = explanations(slow, 12, one)
-    assert first == "Layer 6 is above 0.67: optimizer 0.92."
-    assert explanations(slow, 12, two)[: len(lines)] == lines
-    assert "first 6 layers" in explanations(slow, 12, two)[-1]
+    assert explanations(in_proportion, two) == []
+    slow = with_ratios([row(2), row(6, optimizer_ms=130.0), row(12)], 12)
+    (line,) = explanations(slow, one)
+    assert line == (
+        "Layer 6, optimizer: 1.00 is above 0.67. Of 130.00 ms, 10.00 beside Adam's step (gradient "
+        "norm, copies, gathers) are every policy's; the rest is 1.00 of full depth's, where layers "
+        "are 0.50."
+    )
+    assert explanations(slow, two)[0] == line
+    assert "it has 0.54, all ranks" in explanations(slow, two)[1]
 
 
 @pytest.mark.slow

@@ -4,19 +4,19 @@
     python tools/bench_phase_cost.py --layers 8 --pp 2 parallel.dp=2 megatron.bucket_size=200000
 
 Layers above l are neither run nor trained, so layer l should cost about (l + 1) / (L + 1) of full
-depth; the one stands for embedding and unembedding. A random Qwen3 is timed at l = 2, L/2 and L
-under one layout, in one run. The depths take turns, so that whatever else the machine does meets
-all of them alike, and medians are compared. What costs more than a quarter above that share is
-named below the table.
+depth; the one stands for embedding and unembedding. A random Qwen3 is measured at l = 1/6, 1/2 and
+5/6 of its depth and at full depth, under one layout, in one run. The depths take turns, so that
+whatever else the machine does meets all of them alike, and medians are compared. What costs more
+than a quarter above that share is taken apart below the table, by measured parts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,26 +28,58 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the measuring is a module of its own
+
 from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy, Policy
 from megatron_bupo.config import load_config
 from megatron_bupo.config.checks import check
-from megatron_bupo.config.layout import Layout, layers_of_stages
+from megatron_bupo.config.layout import Layout
 from megatron_bupo.hf.reader import slice_opener
 from megatron_bupo.hf.tensors import read_index
 from megatron_bupo.launch.local import run_ranks
-from megatron_bupo.mcore import model, parallel
-from megatron_bupo.mcore.logprobs import chunked_logprobs
+from megatron_bupo.mcore import parallel
 from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.preflight import Preflight, check_model
 from megatron_bupo.types import TokenBatch
+from tools.phase_cost import PhaseCost
 
 TOLERATED = 1.25  # times the share of layers; a ratio above is explained
-COLUMNS = {  # heading: milliseconds, ratio
-    "old log-probs": ("old_logprobs_ms", "old_logprobs_ratio"),
-    "fwd + bwd": ("forward_backward_ms", "time_ratio"),
-    "optimizer": ("optimizer_ms", "optimizer_ratio"),
-    "update": ("update_ms", "update_ratio"),  # the two before together
-    "weight sync": ("sync_ms", "sync_ratio"),
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A row of the table: what is measured, and the parts of it, measured too, that every policy
+    pays alike.
+    """
+
+    heading: str
+    key: str
+    fixed: tuple[str, ...]
+
+    @property
+    def unit(self) -> tuple[str, float]:
+        """What a shown number counts."""
+        kind = self.key.rsplit("_", 1)[1]
+        return {"ms": ("ms", 1.0), "bytes": ("MB", 1e6), "parameters": ("M", 1e6)}[kind]
+
+
+QUANTITIES = (
+    Quantity("old log-probs", "old_logprobs_ms", ("unembedding_forward_ms",)),
+    Quantity("forward and backward", "forward_backward_ms", ("unembedding_ms",)),
+    Quantity("work in it, all ranks", "work_ms", ("unembedding_work_ms",)),
+    Quantity("optimizer", "optimizer_ms", ("beside_step_ms",)),
+    Quantity("update", "update_ms", ("unembedding_ms", "beside_step_ms")),
+    Quantity("weight sync", "sync_ms", ("ends_sync_ms",)),
+    Quantity("peak memory in it", "peak_bytes", ("unembedding_peak_bytes",)),
+    Quantity("gradients summed", "reduced_bytes", ("ends_reduced_bytes",)),
+    Quantity("parameters gathered", "gathered_bytes", ("ends_gathered_bytes",)),
+    Quantity("parameters stepped", "stepped_parameters", ("ends_stepped_parameters",)),
+    Quantity("weights sent", "synced_bytes", ("ends_synced_bytes",)),
+)
+PARTS = {  # by the begin of their keys
+    "unembedding": "the unembedding's",
+    "beside_step": "beside Adam's step (gradient norm, copies, gathers)",
+    "ends": "of embedding and unembedding",
 }
 
 
@@ -67,8 +99,8 @@ class Shape:
 
     @property
     def depths(self) -> list[int]:
-        """The depths to time: 2, half and all of the layers."""
-        return sorted({min(2, self.layers), max(1, self.layers // 2), self.layers})
+        """The depths to measure: a sixth, half, five sixths and all of the layers."""
+        return sorted({max(1, self.layers * sixths // 6) for sixths in (1, 3, 5, 6)})
 
     def policy(self, depth: int) -> Policy:
         """The policy that runs `depth` layers."""
@@ -105,15 +137,16 @@ class Shape:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make the model, time it on the layout's ranks, tell and write what came out."""
+    """Make the model, measure it on the layout's ranks, tell and write what came out."""
     args = parse(argv)
     shape = Shape(**{field.name: getattr(args, field.name) for field in fields(Shape)})
     with tempfile.TemporaryDirectory() as folder:
         shape.write_model(Path(folder, "model"))
         settings = (f"model.path={folder}/model", "data.train=none")
         layout_settings = (f"parallel.tp={args.tp}", f"parallel.pp={args.pp}")
-        microbatch = f"trainer.microbatch_size={args.microbatch}"
-        config = load_config(None, [*settings, *layout_settings, microbatch, *args.overrides])
+        # As few layers to a bucket as there can be: at scale, one has more parameters than that.
+        sizes = (f"trainer.microbatch_size={args.microbatch}", "megatron.bucket_size=1")
+        config = load_config(None, [*settings, *layout_settings, *sizes, *args.overrides])
         layout = check(config, None, training=False)
         ready = Preflight(config, check_model(config, training=False), layout)
         found = Path(folder, "medians.json")
@@ -121,8 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = with_ratios(json.loads(found.read_text()), shape.layers)
     console = Console()
     console.print(as_table(rows, layout))
-    for line in explanations(rows, shape.layers, layout):
-        console.print(line)
+    for line in explanations(rows, layout):
+        console.print(line, soft_wrap=True)
     if args.json:
         report = {"layers": shape.layers, "rows": rows}
         report |= {"shape": asdict(shape), "layout": asdict(layout)}
@@ -133,7 +166,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
-    numbers = {"tp": 1, "pp": 1, "microbatch": 8, "repeats": 9} | asdict(Shape())
+    numbers = {"tp": 1, "pp": 1, "microbatch": 4, "repeats": 9} | asdict(Shape())
     for name, default in numbers.items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=default, help="default: %(default)s")
@@ -142,153 +175,95 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(ready: Preflight, shape: Shape, repeats: int, out: Path) -> None:
-    """Medians of all times at each depth, as rows in `out`. Every rank runs this."""
+    """Medians of all that is measured at each depth, as rows in `out`. Every rank runs this."""
     torch.set_num_threads(1)  # of the CPU: threads that wait for a busy core would tell of others
     with parallel.joined(ready.layout, seed=0):
         with ExitStack() as files:
             index = read_index(ready.config.model.path)
             trainer = MegatronTrainer(ready.architecture, ready.config, slice_opener(index, files))
-        rows = time_depths(trainer, shape, repeats, ready.layout)
+        rows = measure_depths(PhaseCost(trainer, shape.batch()), shape, repeats)
         if dist.get_rank() == 0:
             out.write_text(json.dumps(rows))
 
 
-def time_depths(
-    trainer: MegatronTrainer, shape: Shape, repeats: int, layout: Layout
-) -> list[dict[str, float]]:
-    """A row per depth: medians over repeats of the slowest rank's milliseconds."""
-    batch, within = shape.batch(), watch(trainer)
-    share = batch.rows(slice(shape.responses // layout.dp))
+def measure_depths(cost: PhaseCost, shape: Shape, repeats: int) -> list[dict[str, float]]:
+    """A row per depth: medians over repeats."""
     samples: dict[int, list[dict[str, float]]] = {depth: [] for depth in shape.depths}
     for repeat in range(-1, repeats):  # the first round only warms up
         for depth in shape.depths[:: -1 if repeat % 2 else 1]:
-            sample = time_policy(trainer, batch, shape.policy(depth), within)
-            sample["unembedding_ms"] = time_unembedding(trainer, share)
-            slowest = torch.tensor(list(sample.values()), dtype=torch.float64)
-            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+            sample = cost.of(shape.policy(depth))
             if repeat >= 0:
-                samples[depth].append(dict(zip(sample, slowest.tolist(), strict=True)))
+                samples[depth].append(sample)
     return [
-        {"layer": depth} | {name: median(s[name] for s in found) for name in found[0]}
+        {"layer": depth}
+        | {name: median(s[name] for s in found) for name in found[0]}
+        | cost.peak_bytes(shape.policy(depth))
         for depth, found in samples.items()
     ]
 
 
-def watch(trainer: MegatronTrainer) -> dict[str, float]:
-    """Milliseconds spent inside parts of an update, added up from now on."""
-    within: dict[str, float] = {}
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = now_ms()
-            result = function(*args, **kwargs)
-            within[name] = within.get(name, 0.0) + now_ms() - start
-            return result
-
-        return call
-
-    optimizer: Any = trainer.optimizer
-    optimizer.step = timed("optimizer_ms", optimizer.step)
-    native: Any = trainer.native
-    native.finalize_model_grads_func = timed("reduce_grads_ms", native.finalize_model_grads_func)
-    for chunk in trainer.wrapped:
-        chunk.zero_grad_buffer = timed("zero_grads_ms", chunk.zero_grad_buffer)
-    return within
-
-
-def time_policy(
-    trainer: MegatronTrainer, batch: TokenBatch, policy: Policy, within: dict[str, float]
-) -> dict[str, float]:
-    """Milliseconds of the old-logprob pass, an update and a weight sync of `policy`."""
-    start = together_ms()
-    old, _ = trainer.logprobs(batch, policy)
-    scored = together_ms()
-    within.clear()
-    trainer.update(batch.with_old_logprobs(old), policy, lr=1e-6)
-    updated = together_ms()
-    dict(trainer.changed_weights(policy))
-    synced = together_ms()
-    return within | {
-        "old_logprobs_ms": scored - start,
-        "forward_backward_ms": updated - scored - within["optimizer_ms"],
-        "update_ms": updated - scored,
-        "sync_ms": synced - updated,
-    }
-
-
-def time_unembedding(trainer: MegatronTrainer, share: TokenBatch) -> float:
-    """Milliseconds for log-probs of the responses, there and back, from given hidden states."""
-    chunk = model.last_chunk(trainer.gpt_chunks)
-    if chunk is None:
-        return 0.0
-    weight = model.unembedding(chunk)
-    targets = share.input_ids[share.response_mask].to(weight.device)
-    hidden = torch.randn(len(targets), weight.shape[1], dtype=weight.dtype, device=weight.device)
-    start = now_ms()
-    logprobs, _ = chunked_logprobs(hidden.requires_grad_(), weight, targets, shard=trainer.shard)
-    torch.autograd.grad(logprobs.sum(), [hidden, weight])
-    return now_ms() - start
-
-
-def together_ms() -> float:
-    """The time when all ranks have come here."""
-    dist.barrier()
-    return now_ms()
-
-
-def now_ms() -> float:
-    """The time when all that was asked of the device is done."""
-    torch.cuda.synchronize()
-    return 1000 * time.perf_counter()
-
-
-def with_ratios(rows: Sequence[dict[str, Any]], layers: int) -> list[dict[str, Any]]:
-    """The rows with their times over those of full depth, which is the last row."""
+def with_ratios(rows: Sequence[Mapping[str, Any]], layers: int) -> list[dict[str, Any]]:
+    """The rows with everything over what it is at full depth, which is the last row."""
     full = rows[-1]
     return [
-        row
-        | {ratio: row[ms] / full[ms] for ms, ratio in COLUMNS.values()}
+        dict(row)
+        | {f"{q.key}_ratio": row[q.key] / full[q.key] for q in QUANTITIES if full[q.key]}
         | {"share_of_layers": (row["layer"] + 1) / (layers + 1)}
         for row in rows
     ]
 
 
-def as_table(rows: Sequence[dict[str, Any]], layout: Layout) -> Table:
-    """Times in ms and, behind each, over full depth."""
-    title = f"tp {layout.tp}, pp {layout.pp}, dp {layout.dp}: milliseconds, and over full depth"
-    table = Table(title=title)
-    for heading in ("layer", "share", *COLUMNS):
-        table.add_column(heading, justify="right")
+def as_table(rows: Sequence[Mapping[str, Any]], layout: Layout) -> Table:
+    """What is measured and, behind each number, its ratio to full depth."""
+    table = Table(title=f"tp {layout.tp}, pp {layout.pp}, dp {layout.dp}; and over full depth")
+    table.add_column("")
     for row in rows:
-        cells = [f"{row[ms]:.1f} {row[ratio]:.2f}" for ms, ratio in COLUMNS.values()]
-        table.add_row(str(row["layer"]), f"{row['share_of_layers']:.2f}", *cells)
+        heading = f"layer {row['layer']}\n{row['share_of_layers']:.2f}"
+        table.add_column(heading, justify="right", no_wrap=True)
+    for quantity in QUANTITIES:
+        name, scale = quantity.unit
+        if f"{quantity.key}_ratio" not in rows[-1]:
+            continue
+        cells = [
+            f"{row[quantity.key] / scale:.1f} {row[f'{quantity.key}_ratio']:.2f}" for row in rows
+        ]
+        table.add_row(f"{quantity.heading}, {name}", *cells)
     return table
 
 
-def explanations(rows: Sequence[dict[str, Any]], layers: int, layout: Layout) -> list[str]:
+def explanations(rows: Sequence[Mapping[str, Any]], layout: Layout) -> list[str]:
     """Where a ratio is more than a quarter above the share of layers, and what is in it."""
-    lines = []
+    full, lines = rows[-1], []
     for row in rows[:-1]:
         limit = TOLERATED * row["share_of_layers"]
-        above = [f"{name} {row[r]:.2f}" for name, (_, r) in COLUMNS.items() if row[r] > limit]
-        if above:
-            lines.append(f"Layer {row['layer']} is above {limit:.2f}: {', '.join(above)}.")
-    if not lines:
-        return []
-    low = rows[0]
-    lines.append(
-        f"Of the {low['update_ms']:.1f} ms of an update at layer {low['layer']}, no depth saves "
-        f"the unembedding's {low['unembedding_ms']:.1f} nor the {low['zero_grads_ms']:.1f} that "
-        f"zero the gradients; to sum them over ranks, with waiting for the others, takes "
-        f"{low['reduce_grads_ms']:.1f}. The optimizer's gradient norm runs over all parameters."
-    )
-    if layout.pp > 1:
-        stage = len(layers_of_stages(layers, layout, {})[0][0])
-        lines.append(
-            f"The first {stage} layers are on one pipeline stage: while they alone work, the "
-            "other stages wait."
-        )
+        above = [q for q in QUANTITIES if row.get(f"{q.key}_ratio", 0.0) > limit]
+        lines += [_taken_apart(q, row, full, limit) for q in above]
+        if layout.pp > 1 and any(q.key.endswith("_ms") for q in above):
+            lines.append(
+                f"Layer {row['layer']}: of full depth's work it has {row['work_ms_ratio']:.2f}, "
+                "all ranks together; but stages above the target wait for those below."
+            )
     return lines
+
+
+def _taken_apart(
+    quantity: Quantity, row: Mapping[str, Any], full: Mapping[str, Any], limit: float
+) -> str:
+    name, scale = quantity.unit
+    ratio, value = row[f"{quantity.key}_ratio"], row[quantity.key]
+    fixed, of_full = (sum(of[part] for part in quantity.fixed) for of in (row, full))
+    shown = " and ".join(
+        f"{row[part] / scale:.2f} {what}"
+        for part in quantity.fixed
+        for begin, what in PARTS.items()
+        if part.startswith(begin)
+    )
+    rest = (value - fixed) / (full[quantity.key] - of_full)
+    return (
+        f"Layer {row['layer']}, {quantity.heading}: {ratio:.2f} is above {limit:.2f}. Of "
+        f"{value / scale:.2f} {name}, {shown} are every policy's; the rest is {rest:.2f} of full "
+        f"depth's, where layers are {row['layer'] / full['layer']:.2f}."
+    )
 
 
 if __name__ == "__main__":
