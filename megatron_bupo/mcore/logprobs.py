@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _NEVER = -1e30  # the logit of padding: exp() is 0, and products with that are 0, not NaN
-_PIECE = 2**23  # elements of what is copied beside the logits, at a time
+_PIECE = 2**22  # elements of what is copied beside the logits, at a time
 _MIXED_GEMM = torch.__version__ >= "2.10"  # CUDA adds a product of bf16 matrices to an fp32 one
 
 
@@ -55,9 +55,11 @@ def _needs_no_copy(a: Tensor) -> bool:
 
 
 def _slabs(weight: Tensor, rows: int) -> Iterator[slice]:
-    """The vocabulary cut so that a slab of `weight`, or of `rows` logits, can be copied."""
+    """The vocabulary cut so that a slab of `rows` logits, and of `weight` if that has to be, can be
+    copied.
+    """
     vocab, hidden = weight.shape
-    width = max(1, _PIECE // max(rows, hidden))
+    width = max(1, _PIECE // (rows if _needs_no_copy(weight) else max(rows, hidden)))
     return (slice(start, start + width) for start in range(0, vocab, width))
 
 
@@ -78,8 +80,13 @@ def _chunks(
         yield rows, logits
 
 
-def _rows_of_a_piece(logits: Tensor) -> int:
-    return max(1, _PIECE // logits.shape[1])
+def _with_exp(shifted: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Pieces of a chunk with their exp(), which the next overwrites, for work that needs both."""
+    rows = min(len(shifted), max(1, _PIECE // shifted.shape[1]))
+    buffer = torch.empty_like(shifted[:rows])
+    for start in range(0, len(shifted), max(rows, 1)):
+        s = shifted[start : start + rows]
+        yield slice(start, start + rows), s, torch.exp(s, out=buffer[: len(s)])
 
 
 def _sums(shifted: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor]:
@@ -87,12 +94,11 @@ def _sums(shifted: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor]:
     if not entropy:
         weights = shifted.exp_().sum(1)
         return weights, torch.zeros_like(weights)
-    found = []
-    for piece in shifted.split(_rows_of_a_piece(shifted)):
-        weights = piece.exp()
-        found.append((weights.sum(1), piece.mul_(weights).sum(1)))
-    weights, expected = zip(*found, strict=True)
-    return torch.cat(weights), torch.cat(expected)
+    weights, expected = shifted.new_empty(2, len(shifted))
+    for rows, s, exp in _with_exp(shifted):
+        weights[rows] = exp.sum(1)
+        expected[rows] = s.mul_(exp).sum(1)
+    return weights, expected
 
 
 def _over_ranks(  # noqa: PLR0917 - the four of `forward`
@@ -112,11 +118,8 @@ def _over_ranks(  # noqa: PLR0917 - the four of `forward`
 
 def _times_exp(shifted: Tensor, constant: Tensor, slope: Tensor) -> Tensor:
     """exp(s) (constant + slope s) `[chunk, vocab shard]`, in place."""
-    columns = (shifted, constant.unsqueeze(1), slope.unsqueeze(1))
-    rows = _rows_of_a_piece(shifted)
-    for s, c, k in zip(*(column.split(rows) for column in columns), strict=True):
-        weights = s.exp()
-        s.mul_(k).add_(c).mul_(weights)
+    for rows, s, exp in _with_exp(shifted):
+        s.mul_(slope[rows]).add_(constant[rows]).mul_(exp)
     return shifted
 
 
@@ -182,7 +185,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         # exp(s) (constant + slope s), and at the target `pull` more.
         slope = None if entropy_pull is None else -entropy_pull / weights
         constant = -pull / weights if slope is None else -pull / weights - slope * mean
-        top, pull = top.unsqueeze(1), (pull * mine).unsqueeze(1)
+        slope = None if slope is None else slope.unsqueeze(1)
+        top, constant, pull = (column.unsqueeze(1) for column in (top, constant, pull * mine))
 
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         if ctx.needs_input_grad[1]:
@@ -191,7 +195,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for rows, logits in _chunks(hidden, weight, ctx.shard, ctx.temperature, ctx.chunk):
             shifted = logits.sub_(top[rows])
             if slope is None:
-                grad = shifted.exp_().mul_(constant[rows].unsqueeze(1))
+                grad = shifted.exp_().mul_(constant[rows])
             else:
                 grad = _times_exp(shifted, constant[rows], slope[rows])
             grad.scatter_add_(1, at[rows], pull[rows])
