@@ -5,6 +5,9 @@ last stage, where the unembedding reads it. Schedules, tensor shapes and sends s
 what is skipped costs nothing. Nothing is forked: each layer's class is exchanged for a subclass of
 itself that asks the shared `DepthRouter` whether to run, which works for any layer class and keeps
 parameter names.
+
+Backward stops likewise below the lowest layer that learns, where `optimizer.lr_factors` freezes
+the embedding and the layers next to it: those run, but remember nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
@@ -24,6 +28,7 @@ class DepthRouter:
 
     def __init__(self) -> None:
         self.policy: Policy = FULL
+        self.frozen_layers = 0  # from the bottom up, if the embedding is frozen too
 
     @contextmanager
     def computing(self, policy: Policy) -> Iterator[None]:
@@ -59,9 +64,31 @@ def _routed_layer(base: type, router: DepthRouter) -> type:
             if router.skips_layer(self.layer_number):
                 hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
                 return hidden, kwargs.get("context")
+            if self.layer_number <= router.frozen_layers and torch.is_grad_enabled():
+                hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                with torch.no_grad():
+                    out, context = super().__call__(*args, **kwargs)
+                return _NoGradient.apply(hidden, [out]), context
             return super().__call__(*args, **kwargs)
 
     return RoutedLayer
+
+
+class _NoGradient(torch.autograd.Function):
+    """A layer's output from its input, with a gradient of zero: pipeline stages below wait for
+    one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, out: list[Tensor]) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.shape = hidden.shape
+        return out[0]  # in a list, so that it is no input that is handed through
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        [grad] = grads
+        return (None if grad is None else grad.new_zeros(ctx.shape)), None
 
 
 def _routed_norm(base: type, router: DepthRouter) -> type:

@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallelConfig, finalize_mo
 from torch import Tensor
 
 from megatron_bupo.algorithm.advantages import token_weights
-from megatron_bupo.algorithm.bupo import Policy
+from megatron_bupo.algorithm.bupo import FULL, Policy
 from megatron_bupo.algorithm.kl import kl_estimates
 from megatron_bupo.algorithm.policy_loss import ClipStatistics, clipped_policy_loss
 from megatron_bupo.config.schema import Config
@@ -59,6 +59,7 @@ class MegatronTrainer(MegatronActor):
         self.optimizer = PhasedOptimizer(
             self.wrapped, self._unit_of, units(arch), config, self.native.params_dtype
         )
+        self.router.frozen_layers = self._frozen_layers()
         self.native.grad_scale_func = self.optimizer.megatron.scale_loss
 
     def _ddp_config(self) -> Any:
@@ -71,6 +72,11 @@ class MegatronTrainer(MegatronActor):
     def trained(self, policy: Policy) -> dict[Unit, float]:
         """The units that an update of `policy` changes, with their learning-rate factors."""
         return trained_units(policy, self.arch, self.config.optimizer.lr_factors)
+
+    def _frozen_layers(self) -> int:
+        """How many layers, from the bottom up, lie below all that learns."""
+        learns = [unit in self.trained(FULL) for unit in units(self.arch)]
+        return max(learns.index(True) - 1, 0)  # the embedding comes first
 
     def begin_phase(self) -> None:
         """The next step is the first to train another policy: see `bupo.optimizer_at_switch`."""

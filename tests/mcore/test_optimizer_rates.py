@@ -205,6 +205,50 @@ def test_what_is_frozen_is_neither_stepped_nor_sent(
         assert answer == [True] * 3
 
 
+def _gradients(model_dir: Path, config: Config) -> dict[str, Tensor]:
+    trainer = start_trainer(model_dir, config)
+    train_once(trainer, random_batch(), FULL, 0.0)
+    return full_gradients(trainer)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "megatron"),
+    [
+        pytest.param(
+            1,
+            {},
+            {
+                "recompute_granularity": "full",
+                "recompute_method": "uniform",
+                "recompute_num_layers": 2,
+            },
+            id="one rank, recomputed in pairs",
+        ),
+        pytest.param(4, {"pp": 4}, {}, id="PP4, two stages frozen"),
+        pytest.param(2, {"pp": 2, "vpp": 2}, {}, id="PP2 VPP2", marks=pytest.mark.slow),
+    ],
+)
+def test_backward_stops_below_the_lowest_layer_that_learns_which_changes_no_gradient_above(
+    ranks: int,
+    layout: dict[str, Any],
+    megatron: dict[str, Any],
+    tiny_model_dir: Callable[..., Path],
+):
+    def gradients(**factors: float) -> dict[str, Tensor]:
+        optimizer = {"lr_factors": factors}
+        config = run_config(parallel=layout, megatron=megatron, optimizer=optimizer)
+        return run_ranks(ranks, _gradients, tiny_model_dir(**MODEL, tied=False), config)[0]
+
+    whole, frozen = gradients(), gradients(**{"1-3": 0.0, "embedding": 0.0})
+    below = {n for n in whole if "embed_tokens" in n or n.startswith(BELOW)}
+    assert len(below) == 1 + 3 * 11
+    for name, grad in frozen.items():
+        assert torch.equal(grad, torch.zeros_like(grad) if name in below else whole[name]), name
+
+
+BELOW = tuple(f"model.layers.{i}." for i in range(3))
+
+
 def _skip(model_dir: Path, config: Config) -> list[Any]:
     """A good update, two that are not finite, one whose loss is not finite on one rank alone, and
     a good one: what the bad ones changed, what they reported, and where the run ends.
