@@ -249,14 +249,19 @@ def load(chunks: Sequence[Any], arch: Architecture, open_slice: Callable[[str], 
                     for name in held.row.hf
                 ]
                 held.parameter.copy_(held.row.join(tuple(pieces), arch))
-                _mark_as_cut(held)
+                _mark(held)
 
 
-def _mark_as_cut(held: Held) -> None:
-    """Say that the parameter is a tensor-parallel shard.
+def _mark(held: Held) -> None:
+    """Say whose gradient the parameter's is.
 
-    Megatron does so only where it also initialises the weights, and a shard that is not marked is
-    left out of the gradient norm on all ranks but the first, silently.
+    That it is a tensor-parallel shard Megatron says only where it also initialises the weights; one
+    that is not marked is left out of the gradient norm on all ranks but the first, silently. That
+    it belongs to an expert Megatron says only where experts are dealt out: gradients would be
+    wrong without a word where inside experts another tensor parallelism holds, and a checkpoint's
+    optimizer could not be loaded into the other kind of layout.
     """
     if held.row.cut is not None and not hasattr(held.parameter, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(held.parameter, True, held.row.cut, 1)
+    if held.row.expert is not None:
+        held.parameter.allreduce = False  # type: ignore[attr-defined]

@@ -77,8 +77,10 @@ def with_balancing_router(layer: ModuleSpec) -> ModuleSpec:
 class BalancingRouter(TopKRouter):
     """Megatron's router, whose load-balancing loss knows how many tokens the minibatch has.
 
-    Megatron multiplies it by the micro-batch's tokens (0.16 by this rank's, 0.19 by all ranks') and
-    divides by the minibatch's after the last backward pass; here nothing is divided afterwards.
+    Megatron multiplies it by the micro-batch's tokens and divides by the minibatch's after the last
+    backward pass; here nothing is divided afterwards. Also, where tensor- or context-parallel ranks
+    share the tokens, 0.16 counts those of one rank alone, and with a padding mask both 0.16 and
+    0.19 those of all ranks as one's own.
     """
 
     minibatch_tokens = 0  # over all ranks
@@ -88,27 +90,20 @@ class BalancingRouter(TopKRouter):
         """A new minibatch, of so many tokens."""
         self.minibatch_tokens, self.imbalance = minibatch_tokens, 0.0
 
-    def attach_and_log_load_balancing_loss(
-        self,
-        activation: Tensor,
-        aux_loss_coeff: float,
-        aux_loss: Tensor,
-        aux_loss_name: str,  # noqa: ARG002
-        reduce_group: dist.ProcessGroup,
-        *_: Any,
-        valid_token_count: int | Tensor,
-        **__: Any,
+    def _apply_aux_loss(
+        self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, *_: Any, **__: Any
     ) -> Tensor:
-        """Add this rank's part of a micro-batch's loss to the gradient of `activation`."""
-        tokens = torch.as_tensor(valid_token_count, dtype=torch.float32, device=aux_loss.device)
-        if reduce_group.size() > 1:
-            tokens = tokens.clone()
-            dist.all_reduce(tokens, group=reduce_group)
-        if not tokens:  # a micro-batch of nothing but padding, whose loss is 0 / 0
-            return activation
-        loss = aux_loss * (tokens / self.minibatch_tokens)
-        self.imbalance += loss.detach() / aux_loss_coeff
-        return cast("Tensor", MoEAuxLossAutoScaler.apply(activation, loss))
+        """Add this rank's part of a micro-batch's loss to the gradient of `probs`. Scores and
+        choices, `[tokens, experts]` each, are zero where there is padding.
+        """
+        choices = routing_map.sum(0, dtype=torch.float32)
+        if self.tp_cp_group.size() > 1:
+            dist.all_reduce(choices, group=self.tp_cp_group)
+        of_each_token = len(choices) / choices.sum().clamp(min=1)  # nothing but padding: loss 0
+        loss = (scores_for_aux_loss.sum(0) * choices).sum() * of_each_token / self.minibatch_tokens
+        self.imbalance += loss.detach()
+        coefficient = self.get_aux_loss_coeff("aux_loss")
+        return cast("Tensor", MoEAuxLossAutoScaler.apply(probs, loss * coefficient))
 
 
 def balancing_routers(chunks: Sequence[Any]) -> list[BalancingRouter]:

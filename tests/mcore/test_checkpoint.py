@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.parity
 
 MODEL = {"family": "qwen3", "vocab": 67, "scale": 0.12}
+MOE = MODEL | {"family": "qwen3_moe"}
 SCHEDULE = PhaseSchedule.of([(2, 3)])
 STEPS, SAVED = 6, (2, 4)  # one checkpoint in the internal phase, one after it
 DIST_OPT: dict[str, Any] = {"tp": 2, "dp": 2, "distributed_optimizer": True}
@@ -195,6 +196,12 @@ def _change(name: str, before: Any, after: Any, *, slow: bool = True) -> Any:
             _TP2_DP2_DIST,
             (1, {"distributed_optimizer": True}),
         ),
+        _change(
+            "TP2 EP2 SP to PP2 EP2, distributed optimizer",
+            (4, DIST_OPT | {"ep": 2, "sp": True}),
+            (4, {"pp": 2, "dp": 2, "ep": 2, "distributed_optimizer": True}),
+        ),
+        _change("EP2 to one rank, experts", (2, {"dp": 2, "ep": 2}), _ONE),
     ],
 )
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -205,8 +212,8 @@ def test_another_layout_takes_over_where_the_first_one_stopped(
     tiny_model_dir: Callable[..., Path],
     tmp_path: Path,
 ):
-    model_dir = tiny_model_dir(**MODEL, tied=tied)
     (ranks, layout), (other_ranks, other_layout) = before, after
+    model_dir = tiny_model_dir(**(MOE if "ep" in layout else MODEL), tied=tied)
     config, other_config = (
         run_config(parallel=parallel, optimizer={"lr_factors": {"2": 0.0, "3-4": 0.1}})
         for parallel in (layout, other_layout)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 INTERNAL = InternalLayerPolicy(2)
 LR = 1e-2
 MODEL = {"family": "qwen3", "vocab": 67, "scale": 0.12}
+MOE = MODEL | {"family": "qwen3_moe"}
 TP2_DP2: tuple[int, dict[str, Any]] = (4, {"tp": 2, "dp": 2, "distributed_optimizer": True})
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {}),
@@ -71,6 +72,13 @@ BIGGEST = pytest.param(
     "bfloat16",
     id="TP2 PP2 DP2 distributed optimizer, tied, bfloat16",
     marks=pytest.mark.slow,
+)
+EXPERTS = pytest.param(
+    4,
+    {"tp": 2, "dp": 2, "ep": 2, "sp": True, "distributed_optimizer": True},
+    False,
+    "bfloat16",
+    id="TP2 EP2 SP distributed optimizer, experts, bfloat16",
 )
 
 
@@ -114,7 +122,7 @@ def _phases(model_dir: Path, config: Config, batch: TokenBatch) -> list[dict[str
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("ranks", "layout", "tied", "dtype"), [*FREEZING, BIGGEST])
+@pytest.mark.parametrize(("ranks", "layout", "tied", "dtype"), [*FREEZING, BIGGEST, EXPERTS])
 def test_internal_steps_leave_all_above_the_target_bit_identical(
     ranks: int, layout: dict[str, Any], tied: bool, dtype: str, tiny_model_dir: Callable[..., Path]
 ):
@@ -122,7 +130,7 @@ def test_internal_steps_leave_all_above_the_target_bit_identical(
     config = run_config(
         model={"dtype": dtype}, parallel=layout, optimizer={"weight_decay": 0.1, "lr": LR}
     )
-    model_dir = tiny_model_dir(**MODEL, tied=tied)
+    model_dir = tiny_model_dir(**(MOE if "ep" in layout else MODEL), tied=tied)
     answers = run_ranks(ranks, _phases, model_dir, config, random_batch())
     seen = set()
     for internal, full in answers:
