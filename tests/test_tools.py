@@ -182,3 +182,21 @@ def test_first_updates_after_the_switch_are_as_large_as_on_paper(tmp_path: Path,
     assert runs["common_step"]["predicted_first_size"] == pytest.approx(mean / variance**0.5)
     assert runs["reset"]["trained_size"][0] == pytest.approx(1.0, rel=0.01)
     assert png.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("options", [(), ("--entropy", "--dtype=bfloat16")], ids=str)
+def test_chunked_logprobs_hold_a_fraction_of_the_materialised_ones(
+    tmp_path: Path, options: tuple[str, ...]
+):
+    from tools.bench_logprobs import CHUNKED, COLUMNS, WHOLE, main
+
+    sizes = ("--rows=256", "--hidden=4", "--vocab=20000", "--chunk=16", "--repeats=1")
+    report = _json_of(main, tmp_path / "logprobs.json", *sizes, *options)
+    assert report["logits_bytes"] == {WHOLE: 4 * 20000 * 256, CHUNKED: 4 * 20000 * 16}
+    for _, name, _ in COLUMNS:
+        assert report[WHOLE][name] > 0
+        assert report["ratio"][name] == report[CHUNKED][name] / report[WHOLE][name]
+    assert report[WHOLE]["forward_backward_peak_bytes"] > report["logits_bytes"][WHOLE]
+    assert report["ratio"]["forward_backward_peak_bytes"] < 0.5
+    rounded = 0.1 if options else 1e-5  # bfloat16 logits, which the chunked ones are not
+    assert report["largest_difference_nats"] < rounded
