@@ -97,7 +97,7 @@ def test_phase_cost_takes_apart_what_is_above_its_share_and_nothing_else():
     def row(layer: int, **slow: float) -> dict[str, Any]:
         costs = {quantity.key: 10.0 + 10 * layer for quantity in QUANTITIES}
         fixed = {part: 10.0 for quantity in QUANTITIES for part in quantity.fixed}
-        return {"layer": layer} | costs | fixed | slow
+        return {"layer": layer, "all_peaks_bytes": layer} | costs | fixed | slow
 
     one, two = Layout(1, 1, 1, 1, 1), Layout(1, 2, 1, 1, 2)
     in_proportion = with_ratios([row(2), row(6), row(12)], 12)
@@ -105,12 +105,12 @@ def test_phase_cost_takes_apart_what_is_above_its_share_and_nothing_else():
     slow = with_ratios([row(2), row(6, optimizer_ms=130.0), row(12)], 12)
     (line,) = explanations(slow, one)
     assert line == (
-        "Layer 6, optimizer: 1.00 is above 0.67. Of 130.00 ms, 10.00 beside Adam's step (gradient "
-        "norm, copies, gathers) are every policy's; the rest is 1.00 of full depth's, where layers "
-        "are 0.50."
+        "Layer 6, optimizer: 1.00 is above 0.67. Of 130.00 ms, 10.00 beside Adam's step "
+        "(norm, copies, gathers, waiting) are every policy's; the rest is 1.00 of full "
+        "depth's, where layers are 0.50."
     )
     assert explanations(slow, two)[0] == line
-    assert "it has 0.54, all ranks" in explanations(slow, two)[1]
+    assert "all ranks together have 0.54, and of its memory 0.50" in explanations(slow, two)[1]
 
 
 @pytest.mark.slow

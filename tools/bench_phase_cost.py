@@ -78,7 +78,7 @@ QUANTITIES = (
 )
 PARTS = {  # by the begin of their keys
     "unembedding": "the unembedding's",
-    "beside_step": "beside Adam's step (gradient norm, copies, gathers)",
+    "beside_step": "beside Adam's step (norm, copies, gathers, waiting)",
     "ends": "of embedding and unembedding",
 }
 
@@ -238,10 +238,12 @@ def explanations(rows: Sequence[Mapping[str, Any]], layout: Layout) -> list[str]
         limit = TOLERATED * row["share_of_layers"]
         above = [q for q in QUANTITIES if row.get(f"{q.key}_ratio", 0.0) > limit]
         lines += [_taken_apart(q, row, full, limit) for q in above]
-        if layout.pp > 1 and any(q.key.endswith("_ms") for q in above):
+        if layout.pp > 1 and above:
+            memory = row["all_peaks_bytes"] / full["all_peaks_bytes"]
             lines.append(
-                f"Layer {row['layer']}: of full depth's work it has {row['work_ms_ratio']:.2f}, "
-                "all ranks together; but stages above the target wait for those below."
+                f"Layer {row['layer']}: of full depth's work all ranks together have "
+                f"{row['work_ms_ratio']:.2f}, and of its memory {memory:.2f}; but stages above the "
+                "target wait for those below."
             )
     return lines
 

@@ -28,7 +28,7 @@ from megatron_bupo.types import TokenBatch
 
 ENDS = ("embedding", "unembedding", "tied unembedding")  # the units that every policy trains
 OF_ALL_RANKS = (
-    "work_ms unembedding_work_ms reduced_bytes ends_reduced_bytes gathered_bytes "
+    "work_ms unembedding_work_ms all_peaks_bytes reduced_bytes ends_reduced_bytes gathered_bytes "
     "ends_gathered_bytes stepped_parameters ends_stepped_parameters"
 ).split()
 
@@ -84,7 +84,7 @@ class PhaseCost:
         trainer._run = run
         size = trainer.config.trainer.microbatch_size
         _, peaks["unembedding_peak_bytes"] = peak_of(lambda: self._read_out(slice(size)))
-        return over_ranks(peaks)
+        return over_ranks(peaks | {"all_peaks_bytes": peaks["peak_bytes"]})
 
     def _watch_times(self) -> None:
         trainer: Any = self.trainer
