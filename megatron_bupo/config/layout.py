@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_bupo.config.expert_rules import check_expert_ranks
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
 
@@ -86,6 +87,7 @@ def parallel_sizes(config: Config, world_size: int | None) -> Layout:
             f"{world_size} ranks with {sizes} leave parallel.dp={dp}",
             f"start {model_ranks * parallel.dp} ranks, or leave parallel.dp out",
         )
+    check_expert_ranks(config, world_size)
     return Layout(
         parallel.tp,
         parallel.pp,

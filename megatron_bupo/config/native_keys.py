@@ -19,6 +19,8 @@ _OURS = {
     "parallel.vpp": "virtual_pipeline_model_parallel_size",
     "parallel.sp": "sequence_parallel",
     "parallel.cp": "context_parallel_size",
+    "parallel.ep": "expert_model_parallel_size",
+    "parallel.etp": "expert_tensor_parallel_size",
     "parallel.distributed_optimizer": "use_distributed_optimizer",
     "optimizer.lr": "lr",
     "optimizer.min_lr": "min_lr",
@@ -31,7 +33,12 @@ _OURS = {
 _CHECKPOINT = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
     "add_bias_linear add_qkv_bias gated_linear_unit activation_func normalization "
-    "layernorm_epsilon layernorm_zero_centered_gamma qk_layernorm rotary_interleaved"
+    "layernorm_epsilon layernorm_zero_centered_gamma qk_layernorm rotary_interleaved "
+    "num_moe_experts moe_layer_freq moe_ffn_hidden_size moe_router_topk moe_router_pre_softmax "
+    "moe_router_score_function moe_router_topk_scaling_factor moe_router_num_groups "
+    "moe_router_group_topk moe_router_topk_limited_devices moe_router_enable_expert_bias "
+    "moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size "
+    "moe_apply_probs_on_input"
 )
 _UNSUPPORTED = {
     "enable_cuda_graph external_cuda_graph cuda_graph_impl optimizer_cuda_graph": (
@@ -48,10 +55,22 @@ _UNSUPPORTED = {
         "remove it",
     ),
     "grad_norm_skip_threshold": ("only updates that are not finite are skipped", "remove it"),
-    "num_moe_experts": ("mixture-of-experts models are not loaded", "remove it"),
-    "expert_model_parallel_size": (
-        "this dimension of parallelism is not offered",
-        "use parallel.tp, parallel.pp, parallel.dp",
+    "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_dropping "
+    "moe_token_drop_policy moe_expert_rank_capacity_factor": (
+        "an expert that drops tokens makes a response's log-prob depend on its micro-batch",
+        "remove it: no token is dropped",
+    ),
+    "moe_input_jitter_eps moe_router_force_load_balancing moe_router_force_biased": (
+        "a ratio would compare two random routings of one response",
+        "remove it",
+    ),
+    "moe_z_loss_coeff": (
+        "its share of a minibatch would depend on the number of micro-batches",
+        "remove it",
+    ),
+    "overlap_moe_expert_parallel_comm": (
+        "its schedule calls parts of layers, and would not stop at the target",
+        "remove it",
     ),
     "pipeline_model_parallel_layout": (
         "this way of dealing out layers is not offered",

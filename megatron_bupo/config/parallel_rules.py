@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from megatron_bupo.config.expert_rules import ExpertSizes, check_experts
 from megatron_bupo.config.layout import check_layers_divide
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
@@ -24,6 +25,8 @@ class ModelSizes(Protocol):
     def max_positions(self) -> int: ...
     @property
     def tied(self) -> bool: ...
+    @property
+    def experts(self) -> ExpertSizes | None: ...
 
 
 def check_parallel(config: Config) -> None:
@@ -34,8 +37,9 @@ def check_parallel(config: Config) -> None:
 
 
 def check_parallel_against_model(config: Config, model: ModelSizes) -> None:
-    """Layers, heads and channels divide among the ranks that share them."""
+    """Layers, heads, channels and experts divide among the ranks that share them."""
     check_layers_divide(model.layers, config)
+    check_experts(config, model.experts)
     _tensor_parallelism_divides(config, model)
 
 
@@ -75,11 +79,9 @@ def _only_shards_are_gathered(config: Config) -> None:
 
 def _tensor_parallelism_divides(config: Config, model: ModelSizes) -> None:
     tp = config.parallel.tp
-    sizes = {
-        "attention heads": model.heads,
-        "key-value heads": model.kv_heads,
-        "MLP channels": model.ffn_size,
-    }
+    sizes = {"attention heads": model.heads, "key-value heads": model.kv_heads}
+    if model.experts is None or len(model.experts.layers) < model.layers:
+        sizes["MLP channels"] = model.ffn_size
     for what, size in sizes.items():
         if size % tp:
             fits = [n for n in range(1, tp) if all(s % n == 0 for s in sizes.values())]

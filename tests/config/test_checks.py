@@ -20,6 +20,7 @@ class Sizes:
     ffn_size: int = 9728
     max_positions: int = 40960
     tied: bool = True
+    experts: None = None
 
 
 def config_with(*overrides: str):

@@ -23,6 +23,8 @@ from megatron_bupo.errors import InputError
         ("bf16", "model.dtype"),
         ("num_layers", "model.path"),
         ("hidden_size", "model.path"),
+        ("expert_model_parallel_size", "parallel.ep"),
+        ("moe_router_topk", "model.path"),
     ],
 )
 def test_a_key_that_is_ours_is_refused_with_our_name_for_it(key: str, ours: str):
@@ -66,4 +68,5 @@ def test_every_refused_key_is_one_that_megatron_has_or_had():
     known = {field.name for native in natives for field in dataclasses.fields(native)}
     came_or_went = {"external_cuda_graph", "enable_cuda_graph", "cuda_graph_impl"}
     came_or_went |= {"optimizer_cuda_graph", "grad_norm_skip_threshold", "num_buckets"}
+    came_or_went |= {"moe_router_force_biased", "moe_expert_rank_capacity_factor"}
     assert set(_REASONS) <= known | came_or_went
