@@ -60,16 +60,16 @@ def test_layouts_of_experts_that_pass(ranks: int, overrides: str):
             6,
             "parallel.ep=4",
             (
-                "parallel.ep=4, parallel.etp=1: 4 ranks hold all experts of a layer, which does not "
-                "divide the 6 ranks of a pipeline stage; choose parallel.ep from 1, 2, 3, 6"
+                "parallel.ep=4, parallel.etp=1: 4 ranks hold all experts of a layer, which does "
+                "not divide the 6 ranks of a pipeline stage; choose parallel.ep from 1, 2, 3, 6"
             ),
         ),
         (
             4,
             "parallel.pp=2 parallel.ep=4",
             (
-                "parallel.ep=4, parallel.etp=1: 4 ranks hold all experts of a layer, which does not "
-                "divide the 2 ranks of a pipeline stage; choose parallel.ep from 1, 2"
+                "parallel.ep=4, parallel.etp=1: 4 ranks hold all experts of a layer, which does "
+                "not divide the 2 ranks of a pipeline stage; choose parallel.ep from 1, 2"
             ),
         ),
         (2, "parallel.etp=4", "parallel.ep=1, parallel.etp=4: 4 ranks hold all experts of a layer"),
@@ -77,8 +77,8 @@ def test_layouts_of_experts_that_pass(ranks: int, overrides: str):
             8,
             "parallel.ep=8",
             (
-                "parallel.ep=8: does not divide the model's 12 experts; choose parallel.ep from 1, 2, "
-                "3, 4, 6"
+                "parallel.ep=8: does not divide the model's 12 experts; choose parallel.ep from 1, "
+                "2, 3, 4, 6"
             ),
         ),
         (
@@ -98,8 +98,8 @@ def test_layouts_of_experts_that_pass(ranks: int, overrides: str):
             1,
             "megatron.moe_token_dispatcher_type=allgather",
             (
-                "megatron.moe_token_dispatcher_type=allgather: is not offered: rows differ in length; "
-                "choose alltoall or flex"
+                "megatron.moe_token_dispatcher_type=allgather: is not offered: rows differ in "
+                "length; choose alltoall or flex"
             ),
         ),
         (
