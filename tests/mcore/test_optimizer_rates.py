@@ -250,18 +250,19 @@ BELOW = tuple(f"model.layers.{i}." for i in range(3))
 
 
 def _skip(model_dir: Path, config: Config) -> list[Any]:
-    """A good update, two that are not finite, one whose loss is not finite on one rank alone, and
+    """A good update, one whose loss is not finite on one rank alone, two that are not finite, and
     a good one: what the bad ones changed, what they reported, and where the run ends.
     """
     trainer, batch = start_trainer(model_dir, config), random_batch()
     train_once(trainer, batch, FULL, 1e-2)
     before, reports = _everything(trainer), []
+    # The good update's gradients are still there.
+    bad_here = math.nan if dist.get_rank() == dist.get_world_size() - 1 else 1.0
+    norm = trainer.optimizer.step(trainer.trained(FULL), 1e-2, loss=bad_here)
     for row, advantage in ((2, math.nan), (4, 1e30)):  # each on one data-parallel rank alone
         advantages = batch.advantages.clone()
         advantages[row] = advantage
         reports.append(train_once(trainer, replace(batch, advantages=advantages), FULL, 1e-2))
-    bad_here = math.nan if dist.get_rank() == dist.get_world_size() - 1 else 1.0
-    norm = trainer.optimizer.step(trainer.trained(FULL), 1e-2, loss=bad_here)
     unchanged = _same(before, _everything(trainer))
     reports.append(train_once(trainer, batch, FULL, 1e-2))
     seen = [[report.metrics[k] for k in KEYS] for report in reports]
