@@ -8,23 +8,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch.distributed as dist
 
 from megatron_bupo import checkpoints
-from megatron_bupo.algorithm.bupo import PhaseSchedule
+from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule, Policy, depth_of
 from megatron_bupo.config import Config, expand, flatten, to_yaml
 from megatron_bupo.config.algorithm_rules import doubts
 from megatron_bupo.data.order import PromptStream
 from megatron_bupo.data.prompts import load_prompts
 from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.evaluation.accuracy import accuracy
-from megatron_bupo.hf.reader import slice_opener
-from megatron_bupo.hf.tensors import read_index
+from megatron_bupo.hf.architecture import DecoderSizes
 from megatron_bupo.hf.writer import write_checkpoint
 from megatron_bupo.mcore import checkpoint, cpu, parallel
 from megatron_bupo.mcore.model import DTYPES
+from megatron_bupo.mcore.phase_actor import ActorPlan, plan_actor
 from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.preflight import Preflight
 from megatron_bupo.record.figure import draw_run
@@ -37,16 +38,20 @@ from megatron_bupo.rollout.embedded import EmbeddedEngine
 from megatron_bupo.rollout.engine import RolloutEngine
 from megatron_bupo.types import Prompt, Sampling
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TRAINING, HELD_OUT = 0, 1  # streams of sampling noise
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """A training run on this rank, ready for step `first_step`; a context manager."""
 
     config: Config
+    architecture: DecoderSizes
     run_dir: Path
-    trainer: MegatronTrainer
+    trainer: MegatronTrainer  # of the present phase, see `have_actor_for`
     engine: RolloutEngine
     grader: Grader
     prompts: PromptStream
@@ -56,6 +61,7 @@ class Run:
     skipped: SkippedUpdates
     pad_id: int
     first_step: int
+    trained_layers: int  # by the steps before the first
     world: int
     closing: ExitStack
 
@@ -97,12 +103,38 @@ class Run:
         for warning in warnings:
             self.journal.say(f"warning: {warning}")
 
+    def have_actor_for(self, policy: Policy, step: int) -> None:
+        """Have the actor that trains `policy` from `step` on, built anew where the present one is
+        another: it then takes over from the checkpoint of `step`. Collective.
+        """
+        if not self._needs_another_actor(policy):
+            return
+        with self.journal.doing("relayout"):
+            path = checkpoints.checkpoint_dir(self.run_dir, step)
+            self.trainer = self._plan(policy).take_over(self.trainer, path)
+
+    def _plan(self, policy: Policy) -> ActorPlan:
+        return plan_actor(policy, self.architecture, self.config, self.world)
+
+    def _needs_another_actor(self, policy: Policy) -> bool:
+        return self._plan(policy).arch.layers != self.trainer.arch.layers
+
+    def save_if_due(self, step: int) -> None:
+        """Write the state before `step`: every so often, at the end, and for another actor to take
+        over. Collective.
+        """
+        due = step % self.config.checkpoint.every == 0 or step == self.config.steps
+        if due or self._needs_another_actor(self.schedule.policy_at(step)):
+            self.save(step)
+
     def save(self, step: int) -> None:
         """Write the state before `step`. Collective."""
+        last = self.schedule.policy_at(step - 1)
         state = {
             "step": step,
             "config": flatten(self.config),
-            "architecture": asdict(self.trainer.arch),
+            "architecture": asdict(self.architecture),
+            "trained_layers": max(self.trained_layers, depth_of(last, self.architecture.layers)),
         }
         with self.journal.doing("checkpoint"):
             checkpoint.save(
@@ -114,6 +146,7 @@ class Run:
         it. Collective.
         """
         if self.config.checkpoint.export_hf:
+            self.have_actor_for(FULL, max(self.first_step, self.config.steps))
             with self.journal.doing("export"):
                 self._export()
         if dist.get_rank() == 0:
@@ -146,24 +179,26 @@ def _heartbeat(config: Config, run_dir: Path, world: int) -> AbstractContextMana
 def build(ready: Preflight) -> Run:
     """Everything the loop uses, resumed from the run directory's newest checkpoint. Collective."""
     config, arch = ready.config, ready.architecture
-    run_dir, model_dir = Path(expand(config.run_dir)), expand(config.model.path)
+    run_dir = Path(expand(config.run_dir))
     with ExitStack() as stack:
         stack.enter_context(_heartbeat(config, run_dir, ready.layout.world))
         grader = Grader(config.reward)  # early: its process starts while the rest loads
         stack.callback(grader.close)
-        stack.enter_context(parallel.joined(ready.layout, seed=config.seed))
+        newest = checkpoints.newest_checkpoint(run_dir)
+        first_step, path = newest or (0, None)
+        schedule = PhaseSchedule.of(config.bupo.phases(), read_out_norm=config.bupo.read_out_norm)
+        plan = plan_actor(schedule.policy_at(first_step), arch, config, ready.layout.world)
+        stack.enter_context(parallel.joined(plan.layout, seed=config.seed))
         tokenizer = load_tokenizer(expand(config.model.tokenizer or config.model.path))
-        with ExitStack() as files:
-            trainer = MegatronTrainer(arch, config, slice_opener(read_index(model_dir), files))
-        engine = EmbeddedEngine(
-            model_dir,
-            tokenizer,
-            batch_size=config.rollout.batch_size,
-            dtype=DTYPES[config.model.dtype],
-            device=cpu.device(),
-        )
+        trainer = plan.build()
+        engine = _engine(config, tokenizer)
         stack.callback(engine.close)
-        first_step, notes = _resume(trainer, engine, config, run_dir)
+        notes, trained_layers = [], 0
+        if path is not None:
+            checkpoint.load(trainer, path)
+            engine.load_weights(trainer.all_weights(), version=first_step)
+            notes = list(_notes(config, path))
+            trained_layers = checkpoints.read_run(path)["trained_layers"]
         journal = stack.enter_context(
             Journal(run_dir, config, first_step=first_step, speaks=dist.get_rank() == 0)
         )
@@ -176,6 +211,7 @@ def build(ready: Preflight) -> Run:
             held_out = load_prompts(config.data.eval, config.data, tokenizer)
         return Run(
             config=config,
+            architecture=arch,
             run_dir=run_dir,
             trainer=trainer,
             engine=engine,
@@ -187,34 +223,34 @@ def build(ready: Preflight) -> Run:
                 shuffle=config.data.shuffle,
             ),
             held_out=held_out[: config.evaluation.max_prompts],
-            schedule=PhaseSchedule.of(
-                config.bupo.phases(), read_out_norm=config.bupo.read_out_norm
-            ),
+            schedule=schedule,
             journal=journal,
             skipped=SkippedUpdates(config.optimizer.max_skipped_updates),
             pad_id=0,  # masked out everywhere: any id will do
             first_step=first_step,
+            trained_layers=trained_layers,
             world=ready.layout.world,
             closing=stack.pop_all(),
         )
 
 
-def _resume(
-    trainer: MegatronTrainer, engine: RolloutEngine, config: Config, run_dir: Path
-) -> tuple[int, list[str]]:
-    """The step to go on with, and what there is to say about it."""
-    newest = checkpoints.newest_checkpoint(run_dir)
-    if newest is None:
-        return 0, []
-    step, path = newest
-    before = checkpoints.read_run(path)["config"]
-    checkpoint.load(trainer, path)
-    engine.load_weights(trainer.all_weights(), version=step)
-    notes = [
-        f"passing over {damaged}: not whole" for damaged in checkpoints.damaged_checkpoints(run_dir)
-    ]
-    notes.append(f"resuming at step {step} from {path}")
-    return step, [*notes, *_changes(before, flatten(config))]
+def _engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> EmbeddedEngine:
+    return EmbeddedEngine(
+        expand(config.model.path),
+        tokenizer,
+        batch_size=config.rollout.batch_size,
+        dtype=DTYPES[config.model.dtype],
+        device=cpu.device(),
+    )
+
+
+def _notes(config: Config, path: Path) -> Iterator[str]:
+    """What there is to say about resuming from the checkpoint at `path`."""
+    run_dir, before = path.parents[1], checkpoints.read_run(path)
+    for damaged in checkpoints.damaged_checkpoints(run_dir):
+        yield f"passing over {damaged}: not whole"
+    yield f"resuming at step {before['step']} from {path}"
+    yield from _changes(before["config"], flatten(config))
 
 
 def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> Iterator[str]:

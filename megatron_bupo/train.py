@@ -30,9 +30,9 @@ def train(ready: Preflight) -> None:
     """
     with build(ready) as run:
         for step in range(run.first_step, run.config.steps):
+            run.have_actor_for(run.schedule.policy_at(step), step)
             train_step(run, step)
-            if (step + 1) % run.config.checkpoint.every == 0 or step + 1 == run.config.steps:
-                run.save(step + 1)
+            run.save_if_due(step + 1)
         run.finish()
 
 
@@ -52,7 +52,8 @@ def train_step(run: Run, step: int) -> None:
         with journal.doing("grade"):
             grades = run.grader.grade(groups)
         batch, scores = with_logprobs(pack(groups, run.pad_id), policy, run)
-        if step == 0 and policy != FULL:  # trainer and engine must start from the same weights
+        # Trainer and engine must start from the same weights; an actor of fewer layers cannot say.
+        if step == 0 and policy != FULL and config.bupo.internal_layout is None:
             full, _ = trainer.logprobs(batch, FULL, temperature=config.rollout.temperature)
             journal.note(measures.mismatch_measures(full, batch))
         batch = batch.with_advantages(advantages(grades, batch, config.algorithm))

@@ -13,7 +13,8 @@ from pathlib import Path
 from megatron_bupo.checkpoints import whole_checkpoints
 from megatron_bupo.config import Config, expand, load_config, to_yaml
 from megatron_bupo.config.checks import check
-from megatron_bupo.config.layout import Layout, layers_of_stages
+from megatron_bupo.config.internal_layout_rules import internal_config
+from megatron_bupo.config.layout import Layout, layers_of_stages, parallel_sizes
 from megatron_bupo.launch.local import (
     RankFailed,
     Terminated,
@@ -78,10 +79,22 @@ def dry_run(config: Config, layout: Layout) -> str:
 
 def describe(config: Config, layout: Layout, layers: int | None) -> Iterator[str]:
     """Who holds what and what is trained when, a line each. `layers` None: not known yet."""
-    cp = f"x parallel.cp {layout.cp} " if layout.cp > 1 else ""
+    yield from _layout(config, layout, layers, key="parallel")
+    if config.bupo.internal_layout is not None:
+        internal = internal_config(config)
+        own = parallel_sizes(internal, layout.world)
+        for layer in dict.fromkeys(layer for layer, _ in config.bupo.phases()):
+            yield f"internal layer {layer} under a layout of its own, without the layers above:"
+            yield from _layout(internal, own, layer, key="bupo.internal_layout")
+    yield from _phases(config)
+
+
+def _layout(config: Config, layout: Layout, layers: int | None, *, key: str) -> Iterator[str]:
+    """The ranks of `layout`, whose sizes stand under `key`, and what of `layers` each holds."""
+    cp = f"x {key}.cp {layout.cp} " if layout.cp > 1 else ""
     yield (
-        f"{layout.world} ranks = parallel.tp {layout.tp} x parallel.pp {layout.pp} "
-        f"{cp}x parallel.dp {layout.dp}"
+        f"{layout.world} ranks = {key}.tp {layout.tp} x {key}.pp {layout.pp} "
+        f"{cp}x {key}.dp {layout.dp}"
     )
     if layers is not None:
         for stage, chunks in enumerate(layers_of_stages(layers, layout, config.megatron)):
@@ -92,7 +105,6 @@ def describe(config: Config, layout: Layout, layers: int | None) -> Iterator[str
     yield f"data-parallel groups: {_groups(layout.data_groups())}"
     if layout.ep > 1:
         yield f"expert-parallel groups: {_groups(layout.expert_groups())}"
-    yield from _phases(config)
 
 
 def _stage(config: Config, layout: Layout, stage: int, chunks: Sequence[range]) -> str:
@@ -113,13 +125,15 @@ def _stage(config: Config, layout: Layout, stage: int, chunks: Sequence[range]) 
 def _phases(config: Config) -> Iterator[str]:
     first = 0
     read_out = ", read out through the final norm" if config.bupo.read_out_norm else ""
+    read_out += ", under bupo.internal_layout" if config.bupo.internal_layout is not None else ""
     for layer, steps in config.bupo.phases():
         last = min(first + steps, config.steps) - 1
         if last >= first:
             yield f"{_numbered('step', range(first, last + 1))}: internal layer {layer}{read_out}"
         first += steps
     if first < config.steps:
-        yield f"{_numbered('step', range(first, config.steps))}: full policy"
+        under = ", under parallel" if first and config.bupo.internal_layout is not None else ""
+        yield f"{_numbered('step', range(first, config.steps))}: full policy{under}"
 
 
 def _numbered(what: str, *spans: range) -> str:

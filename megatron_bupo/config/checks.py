@@ -11,6 +11,10 @@ import difflib
 import math
 from collections.abc import Callable
 
+from megatron_bupo.config.internal_layout_rules import (
+    check_internal_layout,
+    check_internal_layout_against_model,
+)
 from megatron_bupo.config.layout import Layout, parallel_sizes
 from megatron_bupo.config.load import flatten
 from megatron_bupo.config.native_keys import refuse_owned_keys
@@ -84,6 +88,7 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     refuse_owned_keys(config.megatron)
     layout = parallel_sizes(config, world_size)
     if training:
+        check_internal_layout(config, layout.world)
         _minibatches_divide(config)
         _a_microbatch_holds_any_sequence(config)
     return layout
@@ -95,6 +100,7 @@ def check_against_model(config: Config, model: ModelSizes, *, training: bool = T
     check_parallel_against_model(config, model)
     check_optimizer_against_model(config, model)
     if training:
+        check_internal_layout_against_model(config, model)
         _sequences_fit(config, model)
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron_bupo.errors import InputError
 from megatron_bupo.hf.experts import Experts, read_experts
@@ -92,6 +92,14 @@ class DecoderSizes:
     tied: bool  # the unembedding is the embedding
     max_positions: int
     experts: Experts | None = None  # None: one MLP in every layer
+
+    def lowest(self, layers: int) -> Self:
+        """The same model with its lowest `layers` alone."""
+        experts = self.experts
+        if experts is not None:
+            left = tuple(layer for layer in experts.layers if layer <= layers)
+            experts = replace(experts, layers=left) if left else None
+        return replace(self, layers=layers, experts=experts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,11 @@
 
 Weights, optimizer moments and each unit's own step counter, and every random number generator; the
 loop adds its own plain values. `megatron_bupo.checkpoints` says when a directory of these is whole.
+
+Each layer has keys of its own, so an actor that has fewer layers than the checkpoint loads what it
+has, and of one that has more the layers above stay as they were built: with the initial weights
+and moments of zero. That is how the whole model takes over from the lower part of itself
+(`bupo.internal_layout`).
 """
 
 from __future__ import annotations
@@ -9,8 +14,10 @@ from __future__ import annotations
 import inspect
 import queue
 import random
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +25,28 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedObject,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_bupo import checkpoints
+from megatron_bupo.config.layout import parallel_sizes
 from megatron_bupo.mcore.trainer import MegatronTrainer
 
-# The optimizer's state in a form that every other tensor, pipeline and data-parallel layout can
-# read.
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+METADATA = {
+    # The optimizer's state in a form that every other tensor, pipeline and data-parallel layout
+    # can read.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    # Layers under keys of their own, not stacked in one tensor.
+    "non_homogeneous_layers": True,
+}
+_LAYER = re.compile(r"\bdecoder\.layers\.(\d+)\.")
 
 
 def save(
@@ -40,13 +58,16 @@ def save(
     if dist.get_rank() == 0:
         checkpoints.begin(run_dir, step)
     dist.barrier()
-    state = _sharded_state(trainer, loading=False)
-    steps = dict(trainer.optimizer.steps)
-    state["common"] = {"steps_by_unit": steps, "world": dist.get_world_size()}
+    state: dict[str, Any] = {**_sharded_state(trainer, loading=False)}
+    state["common"] = {
+        "steps_by_unit": dict(trainer.optimizer.steps),
+        "layers": trainer.arch.layers,
+        "layout": _layout(trainer),
+    }
     state["rng"] = _rng_object(_rng_state())
     with _writing_in_this_process():
         work = checkpoints.partial_path(run_dir, step)
-        dist_checkpointing.save(state, str(work), **_release_options())
+        dist_checkpointing.save(_keyed(state), str(work), **_release_options())
     dist.barrier()
     if dist.get_rank() == 0:
         checkpoints.seal(run_dir, step, run)
@@ -55,31 +76,74 @@ def save(
 
 
 def load(trainer: MegatronTrainer, path: Path) -> None:
-    """Put the state at `path` into `trainer` and this process. Collective."""
-    same_ranks = _common(path)["world"] == dist.get_world_size()
-    state = _sharded_state(trainer, loading=True)
-    if same_ranks:
-        state["rng"] = _rng_object(None)
-    loaded: Any = dist_checkpointing.load(state, str(path))
+    """Put the state at `path` into `trainer` and, under the same layout, this process. Layers that
+    the checkpoint does not have stay as they are. Collective.
+    """
+    common = dist_checkpointing.load_common_state_dict(str(path))["common"]
+    whole = common["layers"] >= trainer.arch.layers
+    state = _sharded_state(trainer, loading=whole)
+    wanted = _keyed(state if whole else _keeping_above(common["layers"], state))
+    same_place = common["layout"] == _layout(trainer)
+    if same_place:
+        wanted["rng"] = _rng_object(None)
+    loaded: Any = dist_checkpointing.load(wanted, str(path))
+    if same_place:
+        _set_rng_state(loaded["rng"])
+    loaded = _shaped_like(state, loaded)
     for i, chunk in enumerate(trainer.gpt_chunks):
         chunk.load_state_dict(loaded[f"model{i}"], strict=False)  # extra states are optional
-    trainer.optimizer.load(loaded["optimizer"], loaded["common"]["steps_by_unit"])
-    if same_ranks:
-        _set_rng_state(loaded["rng"])
+    trainer.optimizer.load(loaded["optimizer"], common["steps_by_unit"])
 
 
-def _common(path: Path) -> dict[str, Any]:
-    return dist_checkpointing.load_common_state_dict(str(path))["common"]
+def _layout(trainer: MegatronTrainer) -> dict[str, Any]:
+    """A rank's random numbers belong to its place in this."""
+    return asdict(parallel_sizes(trainer.config, dist.get_world_size()))
 
 
 def _sharded_state(trainer: MegatronTrainer, *, loading: bool) -> dict[str, Any]:
+    """What this rank has of weights and optimizer, as Megatron saves it; `loading`: room for it."""
+    trainer.gather_parameters()
     state: dict[str, Any] = {
-        f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(trainer.gpt_chunks)
+        f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA))
+        for i, chunk in enumerate(trainer.gpt_chunks)
     }
     state["optimizer"] = trainer.optimizer.sharded_state_dict(
         dict(state), loading=loading, metadata=METADATA
     )
     return state
+
+
+def _keeping_above(layers: int, node: Any) -> Any:
+    """`node`, to be loaded but for what belongs to layers above the lowest `layers`."""
+    if isinstance(node, dict):
+        return {key: _keeping_above(layers, value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_keeping_above(layers, value) for value in node]
+    if isinstance(node, ShardedBase):
+        layer = _LAYER.search(node.key)  # counted from 0
+        if layer is not None and int(layer[1]) >= layers:
+            return LocalNonpersistentObject(node.data)
+    return node
+
+
+def _keyed(node: Any) -> Any:
+    """`node` with lists as dicts by index: Megatron closes the gap where it takes elements out of a
+    list, and puts them back to the wrong places.
+    """
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if isinstance(node, dict):
+        return {key: _keyed(value) for key, value in node.items()}
+    return node
+
+
+def _shaped_like(model: Any, node: Any) -> Any:
+    """`node` with lists where `model` has them."""
+    if isinstance(model, list):
+        return [_shaped_like(value, node.get(i, value)) for i, value in enumerate(model)]
+    if isinstance(model, dict):
+        return {key: _shaped_like(model.get(key), value) for key, value in node.items()}
+    return node
 
 
 def _rng_state() -> dict[str, Any]:

@@ -50,6 +50,15 @@ def initialize(layout: Layout, *, seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def leave() -> None:
+    """Leave the groups of this layout; `initialize` may then join those of another. Collective."""
+    dist.barrier()  # nobody still waits in one of them
+    for group in mpu._global_process_group_list or ():
+        if group is not None:  # as which Megatron lists the process group itself
+            dist.destroy_process_group(group)
+    mpu.destroy_model_parallel()
+
+
 def shutdown() -> None:
     """Leave the groups; the process group goes last."""
     mpu.destroy_model_parallel()
@@ -109,7 +118,7 @@ def sum_over_tokens(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` summed over all ranks that see other tokens (data- and context-parallel), in
     place.
     """
-    group = mpu.get_data_parallel_group(with_context_parallel=True)
+    group = cast("dist.ProcessGroup", mpu.get_data_parallel_group(with_context_parallel=True))
     if group.size() > 1:
         dist.all_reduce(tensor, group=group)
     return tensor

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_bupo.cli import main
 from megatron_bupo.commands.train import describe
 from megatron_bupo.config import load_config
 from megatron_bupo.config.layout import parallel_sizes
+from megatron_bupo.config.schema import ParallelConfig
 from tests.run_files import RunFiles, write_run_files
 
 ROOT = Path(__file__).parents[2]
@@ -135,3 +137,23 @@ def test_a_dry_run_does_not_import_torch(files: RunFiles):
     command = [sys.executable, "-c", program, "train", "--dry-run", *files.settings]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.endswith("\n[]\n")
+
+
+def test_an_internal_phase_under_its_own_layout_is_laid_out_too():
+    config = load_config(None, [*NEEDED, "parallel.pp=4", "steps=9", "bupo.target_layer=2"])
+    bupo = replace(config.bupo, internal_steps=5, internal_layout=ParallelConfig(tp=2))
+    config = replace(config, bupo=bupo)
+    assert list(describe(config, parallel_sizes(config, None), 8))[5:] == [
+        "tensor-parallel groups: [0] [1] [2] [3]",
+        "data-parallel groups: [0] [1] [2] [3]",
+        "internal layer 2 under a layout of its own, without the layers above:",
+        (
+            "4 ranks = bupo.internal_layout.tp 2 x bupo.internal_layout.pp 1 "
+            "x bupo.internal_layout.dp 2"
+        ),
+        "stage 0, ranks 0-3: embedding, layers 1-2, unembedding, target layer 2",
+        "tensor-parallel groups: [0, 1] [2, 3]",
+        "data-parallel groups: [0, 2] [1, 3]",
+        "steps 0-4: internal layer 2, under bupo.internal_layout",
+        "steps 5-8: full policy, under parallel",
+    ]
