@@ -15,20 +15,17 @@ from tests.ranks import run_ranks
 
 BUCKET = 2000  # parameters: less than a layer
 INTERNAL = InternalLayerPolicy(1)
+UNTIED = {"family": "qwen3", "vocab": 67, "layers": 4}
+TIED = UNTIED | {"tied": True}
+EXPERTS = UNTIED | {"family": "qwen3_moe", "num_experts": 6}
 OVERLAPPED_GRADS = {"overlap_grad_reduce": True}
 OVERLAPPED = {**OVERLAPPED_GRADS, "overlap_param_gather": True}
-ALIGNED = {**OVERLAPPED, "align_param_gather": True}
 DISTRIBUTED = {"distributed_optimizer": True}
 
 
 @pytest.fixture(scope="module")
 def model_dir(tiny_model_dir) -> Path:
-    return tiny_model_dir(family="qwen3", vocab=67, layers=4, tied=True)
-
-
-@pytest.fixture(scope="module")
-def untied_model_dir(tiny_model_dir) -> Path:
-    return tiny_model_dir(family="qwen3", vocab=67, layers=4, tied=False)
+    return tiny_model_dir(**TIED)
 
 
 def _updated_weights(model_dir: Path, parallel: dict, megatron: dict) -> dict[str, Tensor]:
@@ -73,24 +70,27 @@ def _trace(model_dir: Path, parallel: dict, lr_factors: dict, megatron: dict) ->
 
 
 @pytest.mark.parametrize(
-    ("tied", "parallel", "frozen", "megatron"),
+    ("model", "parallel", "frozen", "megatron"),
     [
-        (True, {"dp": 2}, {}, OVERLAPPED_GRADS),
-        (True, {"dp": 2, **DISTRIBUTED}, {"2": 0.0, "embedding": 0.0}, OVERLAPPED),
-        (True, {"dp": 2, "pp": 2, **DISTRIBUTED}, {}, OVERLAPPED),
-        (False, {"dp": 2, "pp": 2, "vpp": 2, **DISTRIBUTED}, {"1": 0.0}, ALIGNED),
+        (TIED, {"dp": 2}, {}, OVERLAPPED_GRADS),
+        (TIED, {"dp": 2, **DISTRIBUTED}, {"2": 0.0, "embedding": 0.0}, OVERLAPPED),
+        (TIED, {"dp": 2, "pp": 2, **DISTRIBUTED}, {}, OVERLAPPED),
+        pytest.param(
+            UNTIED,
+            {"dp": 2, "pp": 2, "vpp": 2, **DISTRIBUTED},
+            {"1": 0.0},
+            OVERLAPPED | {"align_param_gather": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            EXPERTS, {"dp": 4, "ep": 2, **DISTRIBUTED}, {}, OVERLAPPED, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_an_exchange_that_overlaps_with_the_passes_changes_no_bit(
-    model_dir: Path,
-    untied_model_dir: Path,
-    tied: bool,
-    parallel: dict,
-    frozen: dict,
-    megatron: dict,
+    tiny_model_dir, model: dict, parallel: dict, frozen: dict, megatron: dict
 ):
-    directory = model_dir if tied else untied_model_dir
-    ranks = parallel["dp"] * parallel.get("pp", 1)
+    directory, ranks = tiny_model_dir(**model), parallel["dp"] * parallel.get("pp", 1)
     expected, *_ = run_ranks(ranks, _trace, directory, parallel, frozen, {})
     for got in run_ranks(ranks, _trace, directory, parallel, frozen, megatron):
         for mine, theirs in zip(got, expected, strict=True):
@@ -149,12 +149,12 @@ def _sent_elements(model_dir: Path, parallel: dict, least: int) -> list[tuple[in
     return counts
 
 
-@pytest.mark.parametrize(("pp", "tied"), [(1, False), (2, True), (2, False)])
+@pytest.mark.parametrize(("pp", "model"), [(1, UNTIED), (2, TIED), (2, UNTIED)])
 def test_on_every_stage_an_exchange_sends_what_is_trained_and_a_norm(
-    model_dir: Path, untied_model_dir: Path, pp: int, tied: bool
+    tiny_model_dir, pp: int, model: dict
 ):
     """The norm after the last layer shifts the buckets' ends by its own size."""
-    directory = model_dir if tied else untied_model_dir
+    directory = tiny_model_dir(**model)
     for counts in run_ranks(2 * pp, _sent_elements, directory, {"dp": 2, "pp": pp}, BUCKET):
         for sent, trained in counts:
             assert trained <= sent <= trained + 32
