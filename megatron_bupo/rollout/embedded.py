@@ -79,9 +79,7 @@ class EmbeddedEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Take over `(hf_name, full tensor)` pairs; what is not in the stream stays as it is."""
-        own = dict(
-            self.model.named_parameters(remove_duplicate=False)
-        )  # a tied lm_head has two names
+        own = _places(self.model)
         for name, tensor in weights:
             if name not in own:
                 raise KeyError(f"{name} is no weight of {type(self.model).__name__}")
@@ -165,6 +163,25 @@ class EmbeddedEngine:
             finish_reason="stop" if response.stopped else "length",
             policy_version=self.version,
         )
+
+
+# transformers 5 stacks the matrices of all experts of a layer, these on top of each other.
+_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def _places(model: PreTrainedModel) -> dict[str, Tensor]:
+    """HF name on disk -> where that tensor lies in `model`."""
+    places: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # tied: two names
+        block, _, stacked = name.partition(".experts.")
+        if stacked not in _STACKED:
+            places[name] = parameter
+            continue
+        kinds = _STACKED[stacked]
+        for e, expert in enumerate(parameter):
+            for kind, part in zip(kinds, expert.chunk(len(kinds)), strict=True):
+                places[f"{block}.experts.{e}.{kind}.weight"] = part
+    return places
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -26,6 +26,7 @@ SAMPLING = Sampling(responses_per_prompt=6, max_response_tokens=20, temperature=
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2", "tied": True},
     "qwen3": {"family": "qwen3"},
+    "qwen3_moe": {"family": "qwen3_moe"},
     "llama": {"family": "llama", "rope": LLAMA3_ROPE, "bias": True},
     "sliding window": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 5}
     | {"max_window_layers": 2},
@@ -178,11 +179,13 @@ def test_every_end_token_of_the_generation_config_stops(
     assert not any({3, 5, END} & {*ids[:-1]} for ids in responses(groups))
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_loaded_weights_are_what_is_sampled_from_and_carry_their_version(
-    engine: EmbeddedEngine, tiny_model_dir: Callable[..., Path], tokenizer: Any
+    tiny_model_dir: Callable[..., Path], tokenizer: Any, family: str
 ) -> None:
+    engine = EmbeddedEngine(tiny_model_dir(vocab=16, family=family), tokenizer, batch_size=64)
     before = engine.generate(PROMPTS, SAMPLING)
-    other_dir = tiny_model_dir(vocab=16, seed=5)
+    other_dir = tiny_model_dir(vocab=16, family=family, seed=5)
     weights = load_file(other_dir / "model.safetensors")
     engine.load_weights(weights.items(), version=7)
     after = engine.generate(PROMPTS, SAMPLING)
