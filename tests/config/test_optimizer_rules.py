@@ -32,8 +32,8 @@ def config_with(*overrides: str) -> Config:
         (
             "{layers: 2}",
             (
-                f"{FACTORS}.layers=2: names no part of the model; choose a layer (7, counted from 1), "
-                "layers (1-6), embedding, final_norm, unembedding"
+                f"{FACTORS}.layers=2: names no part of the model; choose a layer (7, counted from "
+                "1), layers (1-6), embedding, final_norm, unembedding"
             ),
         ),
         ("{0: 2}", f"{FACTORS}.0=2: names no part of the model; "),
@@ -66,8 +66,8 @@ def test_factors_that_mean_nothing_are_refused_with_a_way_out(factors: str, mess
             ["{unembedding: 0}"],
             Sizes(),
             (
-                f"{FACTORS}.unembedding=0: the model's unembedding is its embedding (tied weights); "
-                f"set {FACTORS}.embedding for both"
+                f"{FACTORS}.unembedding=0: the model's unembedding is its embedding (tied "
+                f"weights); set {FACTORS}.embedding for both"
             ),
         ),
         (
