@@ -16,6 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from megatron_bupo.algorithm.bupo import PhaseSchedule, depth_of
 from megatron_bupo.checkpoints import newest_checkpoint, read_run
 from megatron_bupo.config import expand, flatten
 from megatron_bupo.config.checks import check, check_against_model
@@ -101,11 +102,13 @@ def _read_architecture(config: Config) -> DecoderSizes:
 
 
 def check_resumption(config: Config, architecture: DecoderSizes) -> None:
-    """The checkpoint that the run would go on from is of this model and this kind of optimizer."""
+    """The checkpoint that the run would go on from is of this model and this kind of optimizer,
+    and the actor that goes on has a place for all that it trained.
+    """
     newest = newest_checkpoint(Path(expand(config.run_dir)))
     if newest is None:
         return
-    path = newest[1]
+    step, path = newest
     before = read_run(path)
     for key in FOR_GOOD:
         was, now = before["config"][key], flatten(config)[key]
@@ -113,7 +116,7 @@ def check_resumption(config: Config, architecture: DecoderSizes) -> None:
             was, now = (v if isinstance(v, str) else json.dumps(v) for v in (was, now))
             reason = f"{path} holds the state of an optimizer with {key}={was}, which does not fit"
             raise InputError(f"{key}={now}", reason, f"set {key}={was}, or choose another run_dir")
-    for name, now in asdict(architecture).items():
+    for name, now in json.loads(json.dumps(asdict(architecture))).items():
         was = before["architecture"].get(name, now)  # a bridge knows fewer facts than our table
         if was != now and name not in BESIDE_THE_WEIGHTS:
             raise InputError(
@@ -121,6 +124,16 @@ def check_resumption(config: Config, architecture: DecoderSizes) -> None:
                 f"is a model with {name}={now}, but {path} is of one with {name}={was}",
                 "name the model that the run began with, or choose another run_dir",
             )
+    policy = PhaseSchedule.of(config.bupo.phases()).policy_at(step)
+    if config.bupo.internal_layout is not None and (
+        depth_of(policy, architecture.layers) < before["trained_layers"]
+    ):
+        raise InputError(
+            "bupo.internal_layout",
+            f"{path} has trained {before['trained_layers']} layers, and the run would go on with "
+            f"an actor of the {policy} alone",
+            "set bupo.internal_layout=null, or choose another run_dir",
+        )
 
 
 def check_vocabulary(config: Config, architecture: DecoderSizes) -> None:

@@ -55,6 +55,9 @@ def read_sizes(config: Config) -> DecoderSizes:
         tied=provider.share_embeddings_and_output_weights,
         max_positions=provider.seq_length,
     )
+    if config.bupo.internal_layout is not None:
+        reason = "Megatron-Bridge builds whole models alone"
+        raise InputError("bupo.internal_layout", reason, "set bupo.internal_layout=null")
     parallel = config.parallel
     if sizes.vocab_size % parallel.tp:
         reason = f"Megatron-Bridge cannot cut the vocabulary of {sizes.vocab_size} into equal parts"

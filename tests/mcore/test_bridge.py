@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 import types
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy
 from megatron_bupo.checkpoints import checkpoint_dir
 from megatron_bupo.config.layout import parallel_sizes
+from megatron_bupo.config.schema import BupoConfig, ParallelConfig
 from megatron_bupo.errors import InputError
 from megatron_bupo.hf.architecture import Architecture, DecoderSizes
 from megatron_bupo.mcore import checkpoint, parallel
@@ -221,6 +223,8 @@ def test_what_the_bridge_or_our_actor_cannot_do_is_refused_before_anything_start
     tied = tiny_model_dir(**MISTRAL, tied=True)
     assert "parallel.vpp=2" in _refusal(_config(tied, {"pp": 2, "vpp": 2}))
     assert "parallel.tp=3" in _refusal(_config(tied, {"tp": 3}))
+    own = replace(_config(tied, {}), bupo=BupoConfig(internal_layout=ParallelConfig()))
+    assert "bupo.internal_layout" in _refusal(own)
     windowed = tiny_model_dir(**MISTRAL | {"sliding_window": 8})
     assert "window_size=[8, 0], which only Transformer Engine" in _refusal(_config(windowed, {}))
     for model_type, architecture, reason in [

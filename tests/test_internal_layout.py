@@ -1,0 +1,88 @@
+"""A run whose internal phase has a layout of its own is the run that has none, to the user."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_bupo.config import load_config
+from megatron_bupo.errors import InputError
+from megatron_bupo.preflight import preflight
+from tests.runs import Bed, metrics, run
+
+OWN = ("bupo.internal_layout.dp=2", "checkpoint.every=1", "checkpoint.keep=9")
+GAPS = "rollout/logprob_gap"  # between trainer and engine, under the full policy
+
+
+@pytest.fixture(scope="module")
+def own(bed: Bed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`finished`, but for internal layer 5 of 6 on two data-parallel ranks. To be read only."""
+    run_dir = tmp_path_factory.mktemp("own") / "run"
+    bed.train(run_dir, *OWN)
+    return run_dir
+
+
+def weights(model_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(model_dir / "model.safetensors")
+
+
+def test_its_record_and_its_model_are_those_of_the_run_in_place(own: Path, finished: Path):
+    for step, (ours, theirs) in enumerate(zip(metrics(own), metrics(finished), strict=True)):
+        assert ours.pop("policy") == theirs.pop("policy")
+        gaps = [key for key in theirs if key.startswith(GAPS)]
+        assert bool(gaps) == (step in {0, 3, 4, 5})
+        for gap in gaps if step == 0 else ():
+            del theirs[gap]  # five layers of six have no full policy to compare with the engine's
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    before, after = weights(finished / "hf"), weights(own / "hf")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_it_resumes_to_the_bit_before_at_and_after_the_switch(
+    step: int, bed: Bed, own: Path, tmp_path: Path
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(own, run_dir)
+    shutil.rmtree(run_dir / "hf")
+    for later in range(step + 1, 7):
+        shutil.rmtree(run_dir / "checkpoints" / f"step_{later:06d}")
+    assert bed.train(run_dir, *OWN) == metrics(own)
+    again, undisturbed = weights(run_dir / "hf"), weights(own / "hf")
+    assert all(torch.equal(again[name], tensor) for name, tensor in undisturbed.items())
+
+
+def test_a_run_that_ends_in_the_internal_phase_leaves_the_whole_model(
+    bed: Bed, own: Path, tmp_path: Path
+):
+    bed.train(tmp_path / "run", *OWN, "steps=2", "checkpoint.every=5")
+    initial, left = weights(bed.folder / "model"), weights(tmp_path / "run" / "hf")
+    changed = {name for name, tensor in initial.items() if not torch.equal(tensor, left[name])}
+    above = ("model.layers.5.", "model.norm.")
+    assert changed == {name for name in initial if not name.startswith(above)}
+    assert initial.keys() == left.keys()
+
+
+def test_an_actor_that_would_forget_what_was_trained_is_refused(bed: Bed, finished: Path):
+    changed = ["steps=9", "bupo.internal_steps=9", "bupo.internal_layout.dp=2"]
+    config = load_config(None, bed.settings(finished, *changed))
+    with pytest.raises(InputError) as error:
+        preflight(config, None)
+    assert str(error.value) == (
+        f"bupo.internal_layout: {finished / 'checkpoints' / 'step_000006'} has trained 6 layers, "
+        "and the run would go on with an actor of the internal layer 5 alone; set "
+        "bupo.internal_layout=null, or choose another run_dir"
+    )
+
+
+def test_a_layout_of_other_ranks_is_refused_before_anything_starts(bed: Bed, tmp_path: Path):
+    done = run("train", *bed.settings(tmp_path, "bupo.internal_layout.dp=4"))
+    assert done.code == 2
+    assert done.err.startswith("error: bupo.internal_layout: tp 1 x cp 1 x pp 1 x dp 4: does not")
