@@ -101,7 +101,7 @@ def _sums(shifted: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor]:
     return weights, expected
 
 
-def _over_ranks(  # noqa: PLR0917 - the four of `forward`
+def _over_ranks(  # noqa: PLR0917 - the four are those of `forward`
     own: Tensor, target: Tensor, weights: Tensor, expected: Tensor, mine: Tensor, shard: VocabShard
 ) -> tuple[Tensor, ...]:
     """What each rank found in its part of the vocabulary, of the whole one."""
@@ -183,9 +183,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
         pull = torch.zeros_like(top) if pull is None else pull
         # With p = exp(s) / W and log p + H = s - mean, the gradient of the logits is
         # exp(s) (constant + slope s), and at the target `pull` more.
-        slope = None if entropy_pull is None else -entropy_pull / weights
-        constant = -pull / weights if slope is None else -pull / weights - slope * mean
-        slope = None if slope is None else slope.unsqueeze(1)
+        slope, constant = None, -pull / weights
+        if entropy_pull is not None:
+            slope = -entropy_pull / weights
+            constant, slope = constant - slope * mean, slope.unsqueeze(1)
         top, constant, pull = (column.unsqueeze(1) for column in (top, constant, pull * mine))
 
         grad_hidden, grad_weight = torch.empty_like(hidden), None
@@ -207,12 +208,13 @@ def _handed_over(gradient: Tensor | None, weight: Tensor, buffer: Tensor | None)
     """What autograd is told of the gradient of `weight`.
 
     Megatron's hook adds what arrives to its buffer, the embedding's part too where the two are
-    tied, and insists on something to arrive. What stands in the buffer already is told as a sparse
-    gradient without entries: nothing to allocate, to add or to count twice.
+    tied, and insists that something does. For what stands in the buffer already that is a sparse
+    gradient without entries: nothing to allocate, nothing to add, nothing counted twice. Megatron's
+    own mark, `grad_added_to_main_grad`, would lose the embedding's part.
     """
-    if gradient is None or gradient is not buffer:
-        return gradient if gradient is None else gradient.to(weight.dtype)
-    return torch.zeros_like(weight, layout=torch.sparse_coo)
+    if gradient is not None and gradient is buffer:
+        return torch.zeros_like(weight, layout=torch.sparse_coo)
+    return None if gradient is None else gradient.to(weight.dtype)
 
 
 def chunked_logprobs(
