@@ -149,15 +149,25 @@ def _sent_elements(model_dir: Path, parallel: dict, least: int) -> list[tuple[in
     return counts
 
 
-@pytest.mark.parametrize(("pp", "model"), [(1, UNTIED), (2, TIED), (2, UNTIED)])
+@pytest.mark.parametrize(
+    ("model", "parallel", "beyond"),
+    [
+        (UNTIED, {"dp": 2}, 32),
+        (TIED, {"dp": 2, "pp": 2}, 32),
+        (UNTIED, {"dp": 2, "pp": 2}, 32),
+        (EXPERTS, {"dp": 4, "ep": 2}, 32 + 2 * 2304),  # a bucket of two experts
+    ],
+)
 def test_on_every_stage_an_exchange_sends_what_is_trained_and_a_norm(
-    tiny_model_dir, pp: int, model: dict
+    tiny_model_dir, model: dict, parallel: dict, beyond: int
 ):
-    """The norm after the last layer shifts the buckets' ends by its own size."""
-    directory = tiny_model_dir(**model)
-    for counts in run_ranks(2 * pp, _sent_elements, directory, {"dp": 2, "pp": pp}, BUCKET):
+    """The norm after the last layer shifts the buckets' ends by its own size; experts, in buckets
+    of their own, may end within a layer.
+    """
+    ranks = parallel["dp"] * parallel.get("pp", 1)
+    for counts in run_ranks(ranks, _sent_elements, tiny_model_dir(**model), parallel, BUCKET):
         for sent, trained in counts:
-            assert trained <= sent <= trained + 32
+            assert trained <= sent <= trained + beyond
         assert counts[-1][0] == counts[-1][1]
 
 
