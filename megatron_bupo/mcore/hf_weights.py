@@ -257,9 +257,9 @@ def _mark(held: Held) -> None:
 
     That it is a tensor-parallel shard Megatron says only where it also initialises the weights; one
     that is not marked is left out of the gradient norm on all ranks but the first, silently. That
-    it belongs to an expert Megatron says only where experts are dealt out: gradients would be
-    wrong without a word where inside experts another tensor parallelism holds, and a checkpoint's
-    optimizer could not be loaded into the other kind of layout.
+    it belongs to an expert Megatron says only where experts are dealt out: without the mark 0.16
+    sums gradients over the wrong ranks where tensor parallelism is another inside experts, and
+    neither kind of layout can load the other's optimizer.
     """
     if held.row.cut is not None and not hasattr(held.parameter, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(held.parameter, True, held.row.cut, 1)
