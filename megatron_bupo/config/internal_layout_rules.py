@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
-from megatron_bupo.config.layout import FIRST_STAGE_LAYERS, LAST_STAGE_LAYERS
+from megatron_bupo.config.layout import UNEVEN
 from megatron_bupo.config.parallel_rules import (
     ModelSizes,
     check_parallel,
@@ -28,8 +28,8 @@ def internal_config(config: Config) -> Config:
     """The settings of an actor under `bupo.internal_layout`."""
     layout = config.bupo.internal_layout
     assert layout is not None
-    uneven = (FIRST_STAGE_LAYERS, LAST_STAGE_LAYERS)  # these speak of the whole model's stages
-    megatron = {key: value for key, value in config.megatron.items() if key not in uneven}
+    # Keys for uneven stages speak of the whole model's.
+    megatron = {key: value for key, value in config.megatron.items() if key not in UNEVEN}
     return replace(config, parallel=layout, megatron=megatron)
 
 

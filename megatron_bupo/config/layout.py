@@ -20,6 +20,7 @@ FIRST_STAGE_LAYERS = "num_layers_in_first_pipeline_stage"
 LAST_STAGE_LAYERS = "num_layers_in_last_pipeline_stage"
 COUNT_EMBEDDING = "account_for_embedding_in_pipeline_split"
 COUNT_UNEMBEDDING = "account_for_loss_in_pipeline_split"
+UNEVEN = (FIRST_STAGE_LAYERS, LAST_STAGE_LAYERS, COUNT_EMBEDDING, COUNT_UNEMBEDDING)
 
 
 @dataclass(frozen=True)

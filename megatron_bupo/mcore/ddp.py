@@ -93,8 +93,7 @@ class PhasedDDP(DistributedDataParallel):
         ddp_config.overlap_grad_reduce = overlapped
         for group in self._groups:
             group.__class__ = _PhasedBucketGroup
-            # Since the last step, that is: before the first one all ranks hold the same weights.
-            group.param_gather_dispatched = True
+            group.param_gather_dispatched = True  # no rank has stepped: all hold the same weights
         unembedding = gpt.output_layer.parameters() if gpt.post_process else ()
         self._read_out = {self.param_to_bucket_group[p] for p in unembedding}
 
