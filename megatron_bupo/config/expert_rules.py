@@ -39,10 +39,12 @@ def check_expert_ranks(config: Config, world: int) -> None:
         )
 
 
-def check_experts(config: Config, experts: ExpertSizes | None) -> None:
-    """The rules about a model with `experts`, or without any."""
+def check_experts(config: Config, experts: ExpertSizes | None, layers: int) -> None:
+    """The rules about a model whose lowest `layers` are run, with `experts` or without any."""
     if experts is None:
-        _nothing_speaks_of_experts(config)
+        _no_option_speaks_of_experts(config)
+    if experts is None or min(experts.layers) > layers:
+        _no_rank_shares_experts(config, layers)
         return
     _experts_divide(config, experts)
     _tensor_parallelism_splits_sequences_too(config)
@@ -55,17 +57,22 @@ def check_experts(config: Config, experts: ExpertSizes | None) -> None:
         )
 
 
-def _nothing_speaks_of_experts(config: Config) -> None:
-    parallel = config.parallel
-    for key, value, default in (("ep", parallel.ep, 1), ("etp", parallel.etp, None)):
-        if value != default:
-            raise InputError(
-                f"parallel.{key}={value}", "shares experts, and the model has none", "remove it"
-            )
+def _no_option_speaks_of_experts(config: Config) -> None:
     for key, value in config.megatron.items():
         if key.startswith("moe_"):
             raise InputError(
                 f"megatron.{key}={value}", "speaks of experts, and the model has none", "remove it"
+            )
+
+
+def _no_rank_shares_experts(config: Config, layers: int) -> None:
+    parallel = config.parallel
+    for key, value, default in (("ep", parallel.ep, 1), ("etp", parallel.etp, None)):
+        if value != default:
+            raise InputError(
+                f"parallel.{key}={value}",
+                f"shares experts, and layers 1 to {layers} have none",
+                "remove it",
             )
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
+from megatron_bupo.config.expert_rules import check_expert_ranks
 from megatron_bupo.config.layout import UNEVEN
 from megatron_bupo.config.parallel_rules import (
     ModelSizes,
@@ -52,6 +53,8 @@ def check_internal_layout(config: Config, world: int) -> None:
             if world % ranks == 0
             else f"choose sizes whose product divides {world}",
         )
+    with _named_as_its_own():
+        check_expert_ranks(internal_config(config), world)
 
 
 def check_internal_layout_against_model(config: Config, model: ModelSizes) -> None:

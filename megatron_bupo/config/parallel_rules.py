@@ -39,7 +39,7 @@ def check_parallel(config: Config) -> None:
 def check_parallel_against_model(config: Config, model: ModelSizes) -> None:
     """Layers, heads, channels and experts divide among the ranks that share them."""
     check_layers_divide(model.layers, config)
-    check_experts(config, model.experts)
+    check_experts(config, model.experts, model.layers)
     _tensor_parallelism_divides(config, model)
 
 

@@ -22,7 +22,7 @@ class Sizes:
     layers: int = 48
     heads: int = 32
     kv_heads: int = 4
-    ffn_size: int = 6143  # that of layers without experts, of which there are none
+    ffn_size: int = 6146  # that of layers without experts, of which there are none
     max_positions: int = 40960
     tied: bool = False
 
@@ -129,18 +129,44 @@ def test_what_experts_cannot_be_combined_with_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    "override", ["parallel.ep=2", "parallel.etp=1", "megatron.moe_aux_loss_coeff=0.1"]
+    ("override", "reason"),
+    [
+        ("parallel.ep=2", "shares experts, and layers 1 to 48 have none"),
+        ("parallel.etp=1", "shares experts, and layers 1 to 48 have none"),
+        ("megatron.moe_aux_loss_coeff=0.1", "speaks of experts, and the model has none"),
+    ],
 )
-def test_a_model_without_experts_shares_none(override: str):
-    refused = refusal(2, None, override)
-    assert refused is not None
-    assert refused.startswith(f"{override}: ")
-    assert refused.endswith("experts, and the model has none; remove it")
+def test_a_model_without_experts_shares_none(override: str, reason: str):
+    assert refusal(2, None, override) == f"{override}: {reason}; remove it"
+
+
+@pytest.mark.parametrize(
+    ("layout", "refused"),
+    [
+        ("{dp: 2}", None),
+        (
+            "{ep: 2}",
+            "bupo.internal_layout.ep=2: shares experts, and layers 1 to 2 have none; remove it",
+        ),
+        (
+            "{ep: 4}",
+            (
+                "bupo.internal_layout.ep=4, bupo.internal_layout.etp=1: 4 ranks hold all experts "
+                "of a layer, which does not divide the 2 ranks of a pipeline stage; choose "
+                "bupo.internal_layout.ep from 1, 2"
+            ),
+        ),
+    ],
+)
+def test_an_internal_layout_shares_the_experts_of_its_own_layers(layout: str, refused: str | None):
+    overrides = ["bupo.target_layer=2", "bupo.internal_steps=1", f"bupo.internal_layout={layout}"]
+    config = ["megatron.moe_aux_loss_coeff=0.1", "parallel.ep=2", *overrides]
+    assert refusal(2, Experts(layers=tuple(range(3, 49))), *config) == refused
 
 
 def test_channels_of_dense_layers_count_where_there_are_any():
-    layout = ["parallel.tp=2", "parallel.sp=true"]
-    assert refusal(2, Experts(), *layout) is None
-    refused = refusal(2, Experts(layers=tuple(range(2, 49))), *layout)
+    layout = ["parallel.tp=4", "parallel.sp=true"]
+    assert refusal(4, Experts(), *layout) is None
+    refused = refusal(4, Experts(layers=tuple(range(2, 49))), *layout)
     assert refused is not None
-    assert refused.startswith("parallel.tp=2: does not divide the model's 6143 MLP channels; ")
+    assert refused.startswith("parallel.tp=4: does not divide the model's 6146 MLP channels; ")
