@@ -7,6 +7,8 @@ for the CPU. Ordinary tensor operations are not touched: a TorchFunctionMode wou
 but intercepts every call of torch, which adds about a tenth to a step of the demo
 (tools/bench_cpu_shim.py measures it).
 
+Mixtures of experts also exchange parts of unequal size, which gloo does not.
+
 `install()` does nothing at all where `torch.cuda.is_available()`.
 """
 

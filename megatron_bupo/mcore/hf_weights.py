@@ -261,7 +261,10 @@ def _mark(held: Held) -> None:
     sums gradients over the wrong ranks where tensor parallelism is another inside experts, and
     neither kind of layout can load the other's optimizer.
     """
-    if held.row.cut is not None and not hasattr(held.parameter, "tensor_model_parallel"):
-        set_tensor_model_parallel_attributes(held.parameter, True, held.row.cut, 1)
+    parameter, cut = held.parameter, held.row.cut
+    if cut is not None and not hasattr(parameter, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(parameter, True, cut, 1)
     if held.row.expert is not None:
-        held.parameter.allreduce = False  # type: ignore[attr-defined]
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        # Every rank that shares the experts holds something else, whatever cuts them.
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]

@@ -31,9 +31,8 @@ from megatron_bupo.hf.experts import Experts
 from megatron_bupo.mcore import cpu, parallel
 from megatron_bupo.mcore.depth import is_above
 
-if not hasattr(
-    moe_utils, "te_general_gemm"
-):  # asked for, but imported with Transformer Engine only
+# Megatron-Core 0.16 asks whether it is None, but knows it only with Transformer Engine.
+if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
 
 
@@ -68,7 +67,7 @@ def has_experts(config: TransformerConfig) -> list[bool]:
 def with_balancing_router(layer: ModuleSpec) -> ModuleSpec:
     """The spec of a layer with experts, its router exchanged for `BalancingRouter`."""
     mlp: Any = layer.submodules.mlp  # type: ignore[union-attr]
-    # A ModuleSpec up to Megatron-Core 0.17, then a partial.
+    # A ModuleSpec in Megatron-Core 0.16, a partial in 0.19.
     parts: Any = mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
     parts.router = BalancingRouter
     return layer
