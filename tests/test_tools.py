@@ -200,3 +200,44 @@ def test_chunked_logprobs_hold_a_fraction_of_the_materialised_ones(
     assert report["ratio"]["forward_backward_peak_bytes"] < 0.5
     rounded = 0.1 if options else 1e-5  # bfloat16 logits, which the chunked ones are not
     assert report["largest_difference_nats"] < rounded
+
+
+@pytest.mark.slow
+def test_peers_compute_the_same_loss_and_are_measured_beside_ours(tmp_path: Path, bed: Path):
+    pytest.importorskip("trl", reason="the peer is not installed: pip install -e '.[bench]'")
+    from tools.bench_peers import AUTHORS, MEASURED, OURS, PLAIN, TRL, main
+
+    shape = [option for option in TINY if not option.startswith("--microbatch")]
+    options = ("--rounds=1", "--steps=1", "--target-layer=2", f"--bed={bed}")
+    rows = _json_of(main, tmp_path / "peers.json", *shape, *options)["rows"]
+    raced: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        raced.setdefault(row["what"], {})[row["who"]] = row
+    full, internal, step = raced.values()
+    assert set(full) == {TRL, PLAIN, OURS}
+    assert set(internal) == {AUTHORS, OURS}
+    assert set(step) == {TRL, OURS}
+    for race in (full, internal):
+        for name in ("loss", "grad_norm"):
+            values = [row[name] for row in race.values()]
+            assert values == pytest.approx([race[OURS][name]] * len(values), rel=1e-4)
+    assert full[OURS]["loss"] != pytest.approx(internal[OURS]["loss"], rel=1e-4)
+    for race in raced.values():
+        for row in race.values():
+            for name in MEASURED:
+                assert row[f"{name}_ratio"] == row[name] / race[OURS][name]
+
+
+def test_internal_layout_tells_what_either_way_takes(tmp_path: Path):
+    from tools.bench_internal_layout import QUANTITIES, main
+
+    layouts = ["parallel.pp=2", "bupo.internal_layout.dp=2"]
+    options = ("--layer=1", "--repeats=1", "--steps=1")
+    report = _json_of(main, tmp_path / "layout.json", *TINY, *options, *layouts)
+    in_place, own = report["rows"]
+    for key, _, _ in QUANTITIES.values():
+        assert in_place[key] > 0
+        assert own[key] > 0
+    assert own["held_bytes"] < in_place["held_bytes"]
+    assert own["save_ms"] > 0
+    assert own["take_over_ms"] > 0
