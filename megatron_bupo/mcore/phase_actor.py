@@ -13,6 +13,7 @@ resume is the same thing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,13 @@ def _release(trainer: MegatronTrainer) -> None:
     To drop the last reference does not: parameters, hooks and autograd's nodes own each other in
     circles, and the garbage collector does not see those that lead through C++.
     """
+    for storage in storages(trainer):
+        storage.resize_(0)
+    torch.cuda.empty_cache()
+
+
+def storages(trainer: MegatronTrainer) -> Iterator[torch.UntypedStorage]:
+    """The memory behind parameters, gradients and optimizer state; what views share comes often."""
     tensors: list[Any] = []
     for chunk in trainer.wrapped:
         tensors += chunk.parameters()
@@ -75,16 +83,12 @@ def _release(trainer: MegatronTrainer) -> None:
             tensors += [buffer.param_data, buffer.grad_data]
     megatron: Any = trainer.optimizer.megatron
     for part in getattr(megatron, "chained_optimizers", [megatron]):
-        inner = part.optimizer
-        if inner is None:
-            continue
-        for group in inner.param_groups:
-            tensors += [tensor for p in group["params"] for tensor in (p, p.grad)]
-        tensors += [tensor for state in inner.state.values() for tensor in state.values()]
-    for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            tensor.untyped_storage().resize_(0)
-    torch.cuda.empty_cache()
+        if part.optimizer is not None:
+            for group in part.optimizer.param_groups:
+                tensors += [tensor for p in group["params"] for tensor in (p, p.grad)]
+            for state in part.optimizer.state.values():
+                tensors += state.values()
+    yield from (t.untyped_storage() for t in tensors if isinstance(t, Tensor))
 
 
 def plan_actor(policy: Policy, arch: DecoderSizes, config: Config, world: int) -> ActorPlan:
