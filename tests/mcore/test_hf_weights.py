@@ -27,6 +27,7 @@ MODELS = {
     "qwen2 tied": {"family": "qwen2", "tied": True},
     "qwen3": {"family": "qwen3", "head_dim": 12},
     "qwen3 tied": {"family": "qwen3", "tied": True},
+    "qwen3_moe, some layers dense": {"family": "qwen3_moe", "mlp_only_layers": [1]},
     "llama with biases": {"family": "llama", "bias": True},
 }
 
