@@ -54,6 +54,7 @@ class Case:
     internal: dict[str, Any]
     stages: tuple[tuple[int, int], ...] = ((2, 3),)
     tied: bool = True
+    family: str = "qwen3"
     dtype: str = "float32"
     at_switch: str = "per_layer_step"
     read_out_norm: bool = False
@@ -158,13 +159,14 @@ DIST: dict[str, Any] = {"distributed_optimizer": True}
             ((1, 2), (3, 1)),
             read_out_norm=True,
         ),
+        _case("PP2 to EP2, experts", 2, {"pp": 2}, {"ep": 2}, family="qwen3_moe"),
         _case("the same layout, fewer layers", 1, {}, {}, at_switch="warmup"),
     ],
 )
 def test_an_actor_of_its_own_learns_what_the_whole_model_would(
     case: Case, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ):
-    model_dir = tiny_model_dir(**MODEL, tied=case.tied)
+    model_dir = tiny_model_dir(**MODEL | {"family": case.family}, tied=case.tied)
     depths = [layer for layer, steps in case.stages for _ in range(steps)]
     tolerance = 1e-3 if case.dtype == "bfloat16" else 1e-5
     for in_place, own, *resumed in run_ranks(case.ranks, _both_ways, case, model_dir, tmp_path):
