@@ -89,7 +89,7 @@ def load(trainer: MegatronTrainer, path: Path) -> None:
     loaded: Any = dist_checkpointing.load(wanted, str(path))
     if same_place:
         _set_rng_state(loaded["rng"])
-    loaded = _shaped_like(state, loaded)
+    loaded = _filled(state, loaded)
     for i, chunk in enumerate(trainer.gpt_chunks):
         chunk.load_state_dict(loaded[f"model{i}"], strict=False)  # extra states are optional
     trainer.optimizer.load(loaded["optimizer"], common["steps_by_unit"])
@@ -137,13 +137,16 @@ def _keyed(node: Any) -> Any:
     return node
 
 
-def _shaped_like(model: Any, node: Any) -> Any:
-    """`node` with lists where `model` has them."""
-    if isinstance(model, list):
-        return [_shaped_like(value, node.get(i, value)) for i, value in enumerate(model)]
-    if isinstance(model, dict):
-        return {key: _shaped_like(model.get(key), value) for key, value in node.items()}
-    return node
+def _filled(state: Any, loaded: Any) -> Any:
+    """`state` with what was `loaded` for its tensors. All else is this run's own: the checkpoint's
+    optimizer may have been of other parts, and its settings are not what the config says now.
+    """
+    if isinstance(state, list):
+        return [_filled(value, loaded.get(i, {})) for i, value in enumerate(state)]
+    if isinstance(state, dict):
+        return {key: _filled(value, loaded.get(key, {})) for key, value in state.items()}
+    is_tensor = isinstance(state, ShardedBase | LocalNonpersistentObject)
+    return loaded if is_tensor else state
 
 
 def _rng_state() -> dict[str, Any]:
