@@ -94,12 +94,18 @@ class PhasedDDP(DistributedDataParallel):
         for group in self._groups:
             group.__class__ = _PhasedBucketGroup
             group.param_gather_dispatched = True  # no rank has stepped: all hold the same weights
+        for buffer in self._gradient_buffers:
+            _count_padding_between(buffer)
         unembedding = gpt.output_layer.parameters() if gpt.post_process else ()
         self._read_out = {self.param_to_bucket_group[p] for p in unembedding}
 
     @property
     def _groups(self) -> list[Any]:
         return [*self.bucket_groups, *self.expert_parallel_bucket_groups]
+
+    @property
+    def _gradient_buffers(self) -> list[Any]:
+        return [*cast("list[Any]", self.buffers), *self.expert_parallel_buffers]
 
     @property
     def bucket_size(self) -> int:
@@ -127,8 +133,7 @@ class PhasedDDP(DistributedDataParallel):
             param.grad_added_to_main_grad = False
         for group in self._groups:
             group.zero_gradients()
-        buffers: list[Any] = [*cast("list[Any]", self.buffers), *self.expert_parallel_buffers]
-        for buffer in buffers:
+        for buffer in self._gradient_buffers:
             extra: list[Tensor] = getattr(buffer, "extra_main_grads", [])  # since 0.18
             for gradient in extra:
                 gradient.zero_()
@@ -192,6 +197,17 @@ def overlap(native: TransformerConfig, chunks: Sequence[PhasedDDP]) -> None:
         native.grad_sync_func = each([chunk.start_grad_sync for chunk in chunks])
     if config.overlap_param_gather and config.align_param_gather:
         native.param_sync_func = each([chunk.start_param_sync for chunk in chunks])
+
+
+def _count_padding_between(buffer: Any) -> None:
+    """Let a checkpoint of the distributed optimizer hold the padding between buckets.
+
+    Megatron's lays the buckets end to end without it, and then looks parameters up where they are
+    with it: in all buckets but the first, states would be another parameter's.
+    """
+    for bucket in buffer.buckets[:-1]:
+        bucket.numel_unpadded = bucket.grad_data.numel()
+    buffer.numel_unpadded = sum(bucket.numel_unpadded for bucket in buffer.buckets)
 
 
 def _whole_layers(chunk: nn.Module, least: int, *, alignment: int) -> int:

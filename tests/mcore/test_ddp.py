@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy
+from megatron_bupo.checkpoints import checkpoint_dir
+from megatron_bupo.mcore import checkpoint
 from megatron_bupo.mcore.weight_stream import WeightStream, trained_units
-from tests.mcore.actors import random_batch, run_config, start_trainer, with_stale_logprobs
+from tests.mcore.actors import (
+    another_trainer,
+    random_batch,
+    run_config,
+    snapshot,
+    start_trainer,
+    with_stale_logprobs,
+)
 from tests.ranks import run_ranks
 
 BUCKET = 2000  # parameters: less than a layer
@@ -179,3 +188,25 @@ def test_a_bucket_has_as_many_layers_as_hold_what_was_asked_for(model_dir: Path)
     (first, second, third, fourth), paired = (sent for sent, _ in one), [sent for sent, _ in two]
     assert first < second < third < fourth
     assert paired == [second, second, fourth, fourth]
+
+
+def _weights_after_a_restart(model_dir: Path, run_dir: Path) -> tuple[dict, dict]:
+    """Weights after two updates: without a break, and with a checkpoint between."""
+    overlapped = {"bucket_size": BUCKET, **OVERLAPPED}
+    config = run_config(parallel={"dp": 2, "pp": 2, **DISTRIBUTED}, megatron=overlapped)
+    trainer = start_trainer(model_dir, config)
+    batch = random_batch()
+    trainer.update(batch, INTERNAL, lr=1e-3)
+    checkpoint.save(trainer, run_dir, 1, {}, keep=1)
+    trainer.update(batch, FULL, lr=1e-3)
+    restarted = another_trainer(model_dir, config)
+    checkpoint.load(restarted, checkpoint_dir(run_dir, 1))
+    restarted.update(batch, FULL, lr=1e-3)
+    return snapshot(trainer), snapshot(restarted)
+
+
+def test_a_checkpoint_of_many_buckets_restores_every_shard(model_dir: Path, tmp_path: Path):
+    """Where there is padding between them, as on the first stage here."""
+    for expected, got in run_ranks(4, _weights_after_a_restart, model_dir, tmp_path):
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
