@@ -40,7 +40,7 @@ EXTRAS = {
     # nemo-run does not import beside newer leptonai
     "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.47"],
     # what tools/bench_peers.py compares with: it calls functions that are TRL's own business
-    "bench": ["trl>=1.14,<1.17"],
+    "bench": ["trl>=1.16,<1.17"],
     # mbridge is a second implementation of weight conversion, to compare with.
     "test": ["pytest>=8", "pytest-timeout", "mbridge==0.15.1"],
     "dev": ["ruff>=0.17", "basedpyright>=1.40", "pre-commit"],
