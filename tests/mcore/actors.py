@@ -127,7 +127,7 @@ def full_gradients(trainer: MegatronTrainer) -> dict[str, Tensor]:
         for unit, parts in trainer.weights.held.items()
     }
     every_unit = trained_units(FULL, trainer.arch)
-    return {name: tensor.clone() for name, tensor in stream.tensors(every_unit)}
+    return {name: tensor.to("cpu", copy=True) for name, tensor in stream.tensors(every_unit)}
 
 
 def _gradient(parameter: nn.Parameter) -> nn.Parameter:
@@ -175,7 +175,7 @@ def _flat_gradient(held: Any) -> Tensor:
 
 def snapshot(trainer: MegatronTrainer) -> dict[str, Tensor]:
     """The whole model by HF name, copied. Collective."""
-    return {name: tensor.clone() for name, tensor in trainer.all_weights()}
+    return {name: tensor.to("cpu", copy=True) for name, tensor in trainer.all_weights()}
 
 
 def train_once(trainer: MegatronTrainer, batch: TokenBatch, policy: Policy, lr: float) -> Any:

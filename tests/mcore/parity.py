@@ -312,6 +312,8 @@ def measure(case: Case, model_dir: Path, expected: Reference) -> dict[str, Any]:
         "replica gap": replica_gap(trainer),
         "weights": weights,
         "moved": {name for name in weights if not torch.equal(weights[name], after[name])},
-        "sent": {name: tensor.clone() for name, tensor in trainer.changed_weights(internal)},
+        "sent": {
+            name: tensor.to("cpu", copy=True) for name, tensor in trainer.changed_weights(internal)
+        },
         "after": after,
     }
