@@ -29,7 +29,8 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the cases are the tests'
 
-from tests.mcore.parity import CASES, EXACT, Case, measure, reference
+from tests.mcore.parity import EXACT, measure, reference
+from tests.mcore.parity_cases import CASES, Case
 from tests.ranks import run_ranks
 from tests.tiny_models import make_tiny_model
 

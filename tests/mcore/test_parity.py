@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.mcore.parity import CASES, EXACT, Case, measure, reference
+from tests.mcore.parity import EXACT, measure, reference
+from tests.mcore.parity_cases import CASES, Case
 from tests.ranks import run_ranks
 
 if TYPE_CHECKING:
