@@ -43,7 +43,8 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         "layernorm_epsilon": arch.norm_eps,
         "gated_linear_unit": True,
         "activation_func": F.silu,
-        "bias_activation_fusion": torch.cuda.is_available(),
+        # Unfused, Megatron's MLP keeps half of the first linear layer's output a second time.
+        "bias_activation_fusion": True,
         "perform_initialization": False,  # every weight comes from the checkpoint
         **expert_settings(arch.experts, arch.layers, grouped=uses_transformer_engine()),
     }
