@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from megatron_bupo.config.expert_rules import ExpertSizes, check_experts
-from megatron_bupo.config.layout import check_layers_divide
+from megatron_bupo.config.layout import Layout, check_layers_divide, layers_of_stages
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
 
@@ -40,6 +40,7 @@ def check_parallel_against_model(config: Config, model: ModelSizes) -> None:
     """Layers, heads, channels and experts divide among the ranks that share them."""
     check_layers_divide(model.layers, config)
     check_experts(config, model.experts, model.layers)
+    _every_stage_has_experts(config, model)
     _tensor_parallelism_divides(config, model)
 
 
@@ -89,4 +90,20 @@ def _tensor_parallelism_divides(config: Config, model: ModelSizes) -> None:
                 f"parallel.tp={tp}",
                 f"does not divide the model's {size} {what}",
                 f"choose {' or '.join(map(str, fits))}",
+            )
+
+
+def _every_stage_has_experts(config: Config, model: ModelSizes) -> None:
+    parallel = config.parallel
+    if model.experts is None or not parallel.distributed_optimizer:
+        return
+    layout = Layout(parallel.tp, parallel.pp, parallel.vpp, 1, parallel.tp * parallel.pp)
+    stages = layers_of_stages(model.layers, layout, config.megatron)
+    for stage, chunks in enumerate(stages):
+        if not any(layer in chunk for chunk in chunks for layer in model.experts.layers):
+            raise InputError(
+                f"parallel.pp={parallel.pp}, parallel.distributed_optimizer=true",
+                f"no layer of stage {stage} has experts, and then Megatron-Core cannot write the "
+                "optimizer's checkpoint",
+                "choose fewer stages, or parallel.distributed_optimizer=false",
             )

@@ -170,3 +170,17 @@ def test_channels_of_dense_layers_count_where_there_are_any():
     refused = refusal(4, Experts(layers=tuple(range(2, 49))), *layout)
     assert refused is not None
     assert refused.startswith("parallel.tp=4: does not divide the model's 6146 MLP channels; ")
+
+
+def test_a_stage_without_experts_is_refused_under_the_distributed_optimizer():
+    half = Experts(layers=tuple(range(1, 25)))
+    distributed = "parallel.distributed_optimizer=true"
+    assert refusal(2, half, "parallel.pp=2", distributed) == (
+        "parallel.pp=2, parallel.distributed_optimizer=true: no layer of stage 1 has experts, and "
+        "then Megatron-Core cannot write the optimizer's checkpoint; choose fewer stages, or "
+        "parallel.distributed_optimizer=false"
+    )
+    assert refusal(2, half, "parallel.pp=2") is None
+    assert refusal(2, half, "parallel.pp=2", "parallel.vpp=2", distributed) is None
+    assert refusal(2, Experts(layers=(1, 48)), "parallel.pp=2", distributed) is None
+    assert refusal(2, half, distributed) is None
