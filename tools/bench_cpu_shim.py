@@ -37,6 +37,7 @@ from megatron_bupo.bed.prepare import BED, make_bed
 from megatron_bupo.build import build
 from megatron_bupo.config import expand, load_config
 from megatron_bupo.mcore import cpu
+from megatron_bupo.mcore.packed import Packing, Split
 from megatron_bupo.preflight import preflight
 from megatron_bupo.train import train_step
 
@@ -181,7 +182,9 @@ def megatron_work(kind: str, bed: Path, run_dir: Path, stack: ExitStack) -> Work
     steps = count()
 
     def logits(ids: Tensor) -> Tensor:
-        return gpt(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
+        row = Packing([ids.shape[1]] * len(ids), ids.numel(), Split()).row(cpu.CPU)
+        positions = row.positions.unsqueeze(0)
+        return gpt(ids.reshape(1, -1), positions, None, packed_seq_params=row).view(*ids.shape, -1)
 
     return forward_backward(logits) | {BED_STEP: lambda: train_step(run, next(steps))}
 

@@ -18,7 +18,7 @@ import argparse
 import ctypes
 import json
 import multiprocessing
-import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -32,7 +32,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what tools share is a module of its own
+
 from megatron_bupo.mcore.logprobs import VocabShard, chunked_logprobs
+from tools.resident import forget_peak, resident_bytes
 
 VARIANTS = WHOLE, CHUNKED = "materialised", "chunked"
 FORWARD, BOTH = "forward", "forward_backward"
@@ -224,10 +227,9 @@ def memory(device: str, *, peak: bool = False) -> int:
             return torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    if peak:
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    if not peak:
+        forget_peak()
+    return resident_bytes(peak=peak)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -30,6 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what tools share is a module of its own
+
 from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy, Policy
 from megatron_bupo.config import load_config
 from megatron_bupo.config.checks import check, check_against_model
@@ -40,6 +42,7 @@ from megatron_bupo.mcore import cpu, parallel
 from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.preflight import Preflight
 from megatron_bupo.types import TokenBatch
+from tools.resident import forget_peak, resident_bytes
 
 # layers, hidden, ffn, heads, key-value heads, head size, vocabulary, tied: Qwen3's
 SHAPES = {
@@ -164,6 +167,7 @@ def time_policy(
 ) -> dict[str, Any]:
     """Medians over repeats of an old-logprob pass and an update, together."""
     torch.cuda.reset_peak_memory_stats()
+    forget_peak()
     samples = []
     for _ in range(1 + repeats):  # the first warms up
         dist.barrier()
@@ -203,7 +207,7 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         mine = torch.cuda.max_memory_allocated()
     else:
-        mine = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        mine = resident_bytes(peak=True)
     most = torch.tensor(mine, device=cpu.device())
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most)

@@ -40,6 +40,7 @@ from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.preflight import check_model, preflight
 from megatron_bupo.train import train_step
 from megatron_bupo.types import TokenBatch
+from tools.resident import forget_peak, resident_bytes
 
 DEMO = Path(__file__).parents[1] / "conf" / "demo.yaml"
 CLIP, LR = 0.2, 5e-5
@@ -109,23 +110,18 @@ class Turns:
 
     def wait(self) -> None:
         self._map_each(self._connection.recv())
-        Path("/proc/self/clear_refs").write_text("5")  # the highest resident set is the present one
-        self._resident = _resident_bytes("VmRSS")
+        forget_peak()
+        self._resident = resident_bytes()
         self._cpu_s, self._start = time.process_time(), time.perf_counter()
 
     def stop(self) -> None:
         self._s = time.perf_counter() - self._start
         self._cpu_s = time.process_time() - self._cpu_s
-        self._extra = _resident_bytes("VmHWM") - self._resident
+        self._extra = resident_bytes(peak=True) - self._resident
 
     def tell(self, **facts: float) -> None:
         times = {"s": self._s, "cpu_s": self._cpu_s}
         self._connection.send(times | {"extra_bytes": self._extra} | facts)
-
-
-def _resident_bytes(field: str) -> int:
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return 1024 * int(line.split()[1])
 
 
 def hf_rounds(model: Any, loss: Callable[[], Tensor], turns: Turns) -> None:
