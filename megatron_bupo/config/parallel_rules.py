@@ -32,6 +32,7 @@ class ModelSizes(Protocol):
 def check_parallel(config: Config) -> None:
     """The rules about the layout that need no model."""
     _interleaving_needs_a_pipeline(config)
+    _two_interleaved_stages_tell_their_neighbours_apart(config)
     _sequence_parallelism_needs_tensor_parallelism(config)
     _only_shards_are_gathered(config)
 
@@ -57,6 +58,22 @@ def _interleaving_needs_a_pipeline(config: Config) -> None:
             f"reports a wrong loss where parallel.vpp={config.parallel.vpp} interleaves chunks",
             "remove it, or set parallel.vpp=1",
         )
+
+
+def _two_interleaved_stages_tell_their_neighbours_apart(config: Config) -> None:
+    """Before and after are one peer there, and unless sends overlap they arrive in another order
+    than they are asked for: Megatron-Core then computes with the wrong tensors, silently.
+    """
+    if config.parallel.vpp == 1 or config.parallel.pp != 2:
+        return
+    for key, works in (("overlap_p2p_comm", True), ("batch_p2p_comm", False)):
+        value = config.megatron.get(key, works)
+        if value is not works:
+            raise InputError(
+                f"megatron.{key}={str(value).lower()}",
+                "two interleaved stages (parallel.pp=2) would confuse what they send each other",
+                f"remove it, or set parallel.vpp=1 or parallel.pp={2 * config.parallel.pp}",
+            )
 
 
 def _sequence_parallelism_needs_tensor_parallelism(config: Config) -> None:

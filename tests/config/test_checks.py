@@ -136,6 +136,22 @@ def test_every_choice_and_range_is_a_key_of_the_schema():
             ),
         ),
         (
+            "parallel.pp=2 and parallel.vpp=2 and megatron.overlap_p2p_comm=false",
+            (
+                "megatron.overlap_p2p_comm=false: two interleaved stages (parallel.pp=2) would "
+                "confuse what they send each other; remove it, or set parallel.vpp=1 or "
+                "parallel.pp=4"
+            ),
+        ),
+        (
+            "parallel.pp=2 and parallel.vpp=2 and megatron.batch_p2p_comm=true",
+            (
+                "megatron.batch_p2p_comm=true: two interleaved stages (parallel.pp=2) would "
+                "confuse what they send each other; remove it, or set parallel.vpp=1 or "
+                "parallel.pp=4"
+            ),
+        ),
+        (
             "trainer.max_tokens_per_microbatch=2000",
             (
                 "trainer.max_tokens_per_microbatch=2000: is less than one sequence may have: "
