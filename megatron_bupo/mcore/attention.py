@@ -123,7 +123,7 @@ class PackedTEAttention(te.TEDotProductAttention if te.HAVE_TE else nn.Module): 
         rest = row.tokens * mpu.get_context_parallel_world_size() - sum(row.lengths)
         lengths = torch.tensor([*row.lengths, *([rest] if rest else [])], device=query.device)
         ends = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        longest = max(*row.lengths, rest)
+        longest = max((*row.lengths, rest))
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=ends,
