@@ -157,7 +157,7 @@ class Run:
 
     def _export(self) -> None:
         model_dir, dtype = Path(expand(self.config.model.path)), self.config.model.dtype
-        weights = self.trainer.all_weights()
+        weights = iter(self.trainer.all_weights())
         if dist.get_rank() == 0:
             write_checkpoint(self.run_dir / "hf", weights, like=model_dir, dtype=dtype)
         for _ in weights:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_bupo import __version__
-from megatron_bupo.errors import InputError
+from megatron_bupo.errors import InputError, RunStopped
 from megatron_bupo.launch.local import RankFailed, Terminated
 
 COMMANDS = {  # name -> module with `run(args)`, imported when it is the one that was asked for
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module(COMMANDS[args.command]).run(args)
     except InputError as error:
         return _ended(2, f"error: {error}")
-    except RankFailed as error:
+    except (RankFailed, RunStopped) as error:
         return _ended(1, f"error: {error}", *_notes_of(error))
     except KeyboardInterrupt as error:
         return _ended(130, *_notes_of(error))

@@ -1,4 +1,4 @@
-"""The one kind of error a user is meant to see: key or file, value, reason, way out; one line,
+"""The errors a user is meant to see. Bad input: key or file, value, reason, way out; one line,
 exit code 2.
 """
 
@@ -18,3 +18,9 @@ class InputError(ValueError):
         where, reason, way_out = self.args
         tail = f"; {way_out}" if way_out else ""
         return f"{where}: {reason}{tail}".replace("\n", " ")
+
+
+class RunStopped(RuntimeError):
+    """A run that cannot go on through no fault of its settings, e.g. because all servers are gone.
+    What it has learned is saved; one line, exit code 1.
+    """

@@ -18,9 +18,9 @@ before it, and is defined where `response_mask[i, t]` is True; elsewhere it is 0
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +50,14 @@ class Sampling:
     top_p: float = 1.0
 
 
+class VersionSpan(NamedTuple):
+    """Response tokens `[start, end)` were sampled with the weights of `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One prompt with one sampled response."""
@@ -58,9 +66,14 @@ class Rollout:
     response_ids: tuple[int, ...]  # includes the stop token where finish_reason is "stop"
     text: str  # the response decoded, without special tokens
     rollout_logprobs: tuple[float, ...]  # nats, per response token, under the sampling distribution
-    entropies: tuple[float, ...]  # nats, of the distributions those tokens were drawn from
-    finish_reason: FinishReason
-    policy_version: int  # updates that the engine's weights had seen
+    finish_reason: FinishReason  # abort: cut by a budget
+    policy_version: int  # steps that the weights had learned from when the first token was drawn
+    # nats, of the distributions that the tokens were drawn from; None: the engine does not say
+    entropies: tuple[float, ...] | None = None
+    versions: tuple[VersionSpan, ...] = ()  # more than one: the weights changed under way
+    cached_tokens: int = 0  # of the prompt, found in the server's prefix cache
+    server: str | None = None  # address of the one that finished it
+    attempts: int = 1  # requests that it took
 
 
 @dataclass(frozen=True)
@@ -134,6 +147,26 @@ class TokenBatch:
             raise ValueError(f"{advantages.numel()} advantages for {len(self)} responses")
         per_token = advantages.reshape(-1, 1).float() * self.response_mask
         return replace(self, advantages=per_token)
+
+
+class Weights(Protocol):
+    """Named full tensors of a model that is spread over ranks; may be gone through again.
+
+    Every rank goes through it at the same time: each tensor is gathered for the moment that it is
+    looked at.
+    """
+
+    stages: int  # pipeline stages that each hold a part
+    stage: int  # the one that this rank belongs to
+    sends: bool  # is this rank the one that speaks for its stage?
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """`(hf_name, full tensor)` of all of them, on every rank. Collective."""
+        ...
+
+    def of_stage(self) -> Iterator[tuple[str, Tensor]]:
+        """Those that this rank's stage holds, on the ranks of the stage. Collective among them."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "algorithm": {"types"},
     "data": {"types", "config", "errors"},
     "rewards": {"types", "config", "errors", "collective", "progress"},
-    "rollout": {"types", "config", "errors", "collective", "progress", "hf"},
+    "rollout": {"types", "config", "errors", "collective", "progress", "hf", "algorithm"},
     "evaluation": {"types", "config", "rewards", "rollout"},
     "mcore": {"types", "config", "errors", "progress", "checkpoints", "algorithm", "hf"},
     "record": {"types", "config", "errors", "progress", "algorithm"},

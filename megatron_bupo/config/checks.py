@@ -32,7 +32,11 @@ __all__ = ["Layout", "check", "check_against_model", "parallel_sizes"]
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
-    "rollout.engine": ("embedded",),
+    "rollout.engine": ("embedded", "sglang"),
+    "rollout.overlap_phases": ("all", "full"),
+    "sync.mode": ("broadcast", "http", "disk", "ipc"),
+    "sync.pause": ("retract", "in_place", "abort"),
+    "algorithm.rollout_correction": ("auto", "tis", "none"),
     "algorithm.advantage": ("grpo",),
     "algorithm.loss": ("clipped",),
     "algorithm.loss_aggregation": ("token_mean", "sequence_mean"),
@@ -49,6 +53,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda x: x >= 1,
         """steps data.max_prompt_tokens rollout.prompts_per_step rollout.responses_per_prompt
         rollout.max_response_tokens rollout.batch_size algorithm.minibatches bupo.target_layer
+        rollout.step_budget_tokens servers.count servers.attempts sync.bucket_bytes
         bupo.switch_warmup_steps optimizer.max_skipped_updates
         parallel.tp parallel.pp parallel.vpp parallel.dp parallel.cp parallel.ep parallel.etp
         trainer.microbatch_size trainer.max_tokens_per_microbatch trainer.logprob_chunk_tokens
@@ -60,13 +65,14 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda x: x >= 0,
         """seed algorithm.kl_coefficient bupo.internal_steps optimizer.lr optimizer.min_lr
         optimizer.warmup_steps optimizer.weight_decay evaluation.every evaluation.temperature
-        logging.stall_s""",
+        logging.stall_s rollout.max_staleness servers.restarts debug.mismatch_every""",
     ),
     (
         "greater than 0",
         lambda x: x > 0,
-        """rollout.temperature reward.timeout_s algorithm.clip_high
-        optimizer.eps optimizer.clip_grad""",
+        """rollout.temperature reward.timeout_s algorithm.clip_high algorithm.tis_cap
+        optimizer.eps optimizer.clip_grad rollout.step_budget_s servers.start_timeout_s
+        servers.request_timeout_s servers.batch_timeout_s servers.health_every_s sync.timeout_s""",
     ),
     ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "rollout.top_p"),
     ("between 0 and 1, both excluded", lambda x: 0 < x < 1, "algorithm.clip_low"),

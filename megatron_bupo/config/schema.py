@@ -42,13 +42,54 @@ class DataConfig:
 class RolloutConfig:
     """Responses are always sampled from the full policy."""
 
-    engine: str = "embedded"
+    engine: str = "embedded"  # embedded: in the trainer's processes | sglang: servers over HTTP
     prompts_per_step: int = 128
     responses_per_prompt: int = 8
     max_response_tokens: int = 1024
     temperature: float = 1.0
     top_p: float = 1.0
     batch_size: int = 256  # responses that the embedded engine decodes at a time, per rank
+    # The rest is for servers. Steps whose rollouts may be generated ahead, while others train; 0:
+    # strictly on-policy
+    max_staleness: int = 0
+    overlap_phases: str = "all"  # all | full: generate ahead in the full-policy phase only
+    colocated: bool = False  # servers give their GPU memory to the trainer while it trains
+    # Responses that are unfinished after so long, or when those that finished hold so many tokens,
+    # are cut and graded as they are; None: never
+    step_budget_s: float | None = None
+    step_budget_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class ServersConfig:
+    """SGLang servers: `count` of them that we start on this machine, or those at `addresses`."""
+
+    addresses: list[str] = field(default_factory=list)  # e.g. http://10.0.0.5:30000; starts none
+    count: int = 1  # to start; `sglang.*` are their native options
+    python: str | None = None  # interpreter that can import sglang; None: the trainer's own
+    env: dict[str, Any] = field(default_factory=dict)  # environment of the servers that we start
+    api_key: str | None = None
+    router: bool = False  # dispatch through sglang-router instead of to the least loaded
+    start_timeout_s: float = 900.0  # from start to ready
+    request_timeout_s: float = 1800.0  # for one response
+    batch_timeout_s: float = 7200.0  # for all responses of a step
+    attempts: int = 5  # at one response, on whichever server, before the run stops
+    health_every_s: float = 10.0
+    restarts: int = 10  # of one server that we started, before it is given up
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    """How new weights reach the servers."""
+
+    # broadcast: a process group (NCCL; gloo on CPU) | http: in the request | disk: safetensors in a
+    # directory that all see | ipc: memory of the same machine or GPU
+    mode: str = "broadcast"
+    bucket_bytes: int = 2**29  # of tensors sent at a time
+    directory: str | None = None  # of mode disk; None: run_dir/weights
+    verify: bool = False  # compare checksums after every sync; after a recovery always
+    pause: str = "retract"  # what running responses do meanwhile: retract | in_place | abort
+    timeout_s: float = 600.0  # for one bucket
 
 
 @dataclass(frozen=True)
@@ -76,6 +117,10 @@ class AlgorithmConfig:
     kl_coefficient: float = 0.0  # of the KL to the initial model under the same policy; 0: none
     kl_estimator: str = "k3"  # k1 | k2 | k3
     kl_in: str = "loss"  # loss | reward
+    # Truncated importance sampling in the full-policy phase: a token weighs at most tis_cap, else
+    # old policy / sampler. auto: where rollout.max_staleness > 0 | tis: always | none
+    rollout_correction: str = "auto"
+    tis_cap: float = 2.0
 
     @property
     def needs_old_logprobs(self) -> bool:
@@ -193,6 +238,17 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class DebugConfig:
+    """For looking into a run."""
+
+    dump_rollouts: bool = False  # every rollout of every step goes to run_dir/rollouts
+    replay: str | None = None  # train from the rollouts that another run dumped there; no engine
+    rollout_only: bool = False  # generate, grade and dump, without training
+    # Compare trainer and sampler in every so many steps of the internal phase too
+    mismatch_every: int = 0
+
+
+@dataclass(frozen=True)
 class Config:
     """One training run."""
 
@@ -205,6 +261,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    servers: ServersConfig = field(default_factory=ServersConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     bupo: BupoConfig = field(default_factory=BupoConfig)
@@ -214,6 +272,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
     megatron: dict[str, Any] = field(
         default_factory=dict
     )  # native TransformerConfig, DDP and optimizer fields

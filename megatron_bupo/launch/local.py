@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, NoReturn
 
-from megatron_bupo.errors import InputError
+from megatron_bupo.errors import InputError, RunStopped
 
 PR_SET_PDEATHSIG = 1
 HOST = "127.0.0.1"
@@ -163,7 +163,8 @@ def _rank_main(
         function(*args)
     except BaseException as error:
         text = f"rank {environment['RANK']} failed:\n{traceback.format_exc().rstrip()}"
-        failures.send(error if isinstance(error, InputError) else RankFailed(text))
+        tells = isinstance(error, (InputError, RunStopped))
+        failures.send(error if tells else RankFailed(text))
         # Leaving would break the connections of the other ranks, whose errors say less: wait for
         # the parent to end us.
         while True:

@@ -6,7 +6,7 @@ It does not know the algorithm's schedule: every call says which policy it train
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from megatron_bupo.mcore.moe import balancing_routers, mean_imbalance
 from megatron_bupo.mcore.native import build_native
 from megatron_bupo.mcore.optimizer import PhasedOptimizer
 from megatron_bupo.mcore.reference import ReferenceWeights
-from megatron_bupo.mcore.weight_stream import trained_units
+from megatron_bupo.mcore.weight_stream import ActorWeights, trained_units
 from megatron_bupo.types import TokenBatch, UpdateReport
 
 
@@ -178,12 +178,10 @@ class MegatronTrainer(MegatronActor):
         for chunk in self.wrapped:
             chunk.gather_parameters()
 
-    def changed_weights(self, policy: Policy) -> Iterator[tuple[str, Tensor]]:
-        """`(hf_name, full tensor)` of all that an update of `policy` changed. Collective."""
-        self.gather_parameters()
-        return self.weights.tensors(self.trained(policy))
+    def changed_weights(self, policy: Policy) -> ActorWeights:
+        """All that an update of `policy` changed."""
+        return ActorWeights(self.weights, self.trained(policy), self.gather_parameters)
 
-    def all_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """`(hf_name, full tensor)` of the whole model. Collective."""
-        self.gather_parameters()
-        return self.weights.tensors(units(self.arch))
+    def all_weights(self) -> ActorWeights:
+        """The whole model."""
+        return ActorWeights(self.weights, units(self.arch), self.gather_parameters)

@@ -8,9 +8,9 @@ the step's policy trains travel.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from math import prod
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -101,6 +101,18 @@ class WeightStream:
                 progress.beat()
                 yield from self._send(parcel, mine, self.owner[unit])
 
+    def of_stage(self, wanted: Collection[Unit]) -> Iterator[tuple[str, Tensor]]:
+        """`(hf_name, full tensor)` of those `wanted` units that this rank's stage holds. Collective
+        in the stage.
+        """
+        for unit in wanted:
+            if self.owner[unit] != dist.get_rank():
+                continue
+            mine = {held.row.hf: held.parameter for held in self.held[unit]}
+            for parcel in parcels(unit, self.arch, self._experts_at_a_time()):
+                progress.beat()
+                yield from gather(parcel, mine, self.arch)
+
     def _experts_at_a_time(self) -> int:
         """Of each expert-parallel rank, so that together they are a parcel."""
         if self.arch.experts is None:
@@ -126,6 +138,38 @@ class WeightStream:
         dist.broadcast(flat, owner, group=group)
         for name, piece in zip(names, flat.split(sizes), strict=True):
             yield name, piece.view(self.shapes[name])
+
+
+class Stream(Protocol):
+    """Where an actor's full tensors come from: our table's `WeightStream`, or a bridge's."""
+
+    def tensors(self, wanted: Collection[Unit]) -> Iterator[tuple[str, Tensor]]: ...
+
+
+class ActorWeights:
+    """The `wanted` units of a stream as `Weights`: gone through when somebody needs them."""
+
+    def __init__(
+        self, stream: Stream, wanted: Collection[Unit], gather_parameters: Callable[[], None]
+    ) -> None:
+        self.stream, self.wanted, self.gather_parameters = stream, wanted, gather_parameters
+        self.stages, self.stage = 1, 0
+        if isinstance(stream, WeightStream):  # a bridge gathers over all stages at once
+            group = parallel.pipeline_group()
+            self.stages, self.stage = group.size(), group.rank()
+        self.sends = dist.get_rank() % (dist.get_world_size() // self.stages) == 0  # pp outermost
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """`(hf_name, full tensor)`, the same on every rank. Collective."""
+        self.gather_parameters()
+        return self.stream.tensors(self.wanted)
+
+    def of_stage(self) -> Iterator[tuple[str, Tensor]]:
+        """`(hf_name, full tensor)` of what this rank's stage holds. Collective in the stage."""
+        if not isinstance(self.stream, WeightStream):
+            return iter(self)
+        self.gather_parameters()
+        return self.stream.of_stage(self.wanted)
 
 
 def parcels(unit: Unit, arch: Architecture, experts_at_a_time: int) -> Iterator[list[Row]]:

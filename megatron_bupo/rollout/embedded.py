@@ -6,6 +6,9 @@ them. It is what a laptop uses; every rank holds a whole copy of the model.
 
 from __future__ import annotations
 
+import time
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,8 +19,9 @@ from transformers.utils import logging as transformers_logging
 from megatron_bupo import collective
 from megatron_bupo.errors import InputError
 from megatron_bupo.rollout.decoding import Response, decode
+from megatron_bupo.rollout.engine import Capabilities, Pending, ServerHealth, SyncReport
 from megatron_bupo.rollout.sampling import uniforms
-from megatron_bupo.types import Prompt, Rollout, RolloutGroup, Sampling
+from megatron_bupo.types import Prompt, Rollout, RolloutGroup, Sampling, VersionSpan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -58,6 +62,20 @@ class EmbeddedEngine:
         self.stop_ids = _stop_ids(self.model, tokenizer)
         self.version = 0
 
+    def capabilities(self) -> Capabilities:
+        """Equal seeds draw equal responses, on any number of ranks."""
+        return Capabilities(
+            name="embedded",
+            ahead=False,
+            entropies=True,
+            internal_policies=True,
+            reproducible=True,
+        )
+
+    def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> Pending:
+        """Generates when asked to `collect`: the trainer's processes are this engine's too."""
+        return _Later(self, prompts, sampling)
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
         """A group per prompt, in order, the same on every rank."""
         for prompt in prompts:
@@ -77,8 +95,9 @@ class EmbeddedEngine:
             for prompt in prompts
         ]
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
         """Take over `(hf_name, full tensor)` pairs; what is not in the stream stays as it is."""
+        began, taken = time.monotonic(), 0
         own = _places(self.model)
         for name, tensor in weights:
             if name not in own:
@@ -86,7 +105,17 @@ class EmbeddedEngine:
             if own[name].shape != tensor.shape:  # copy_ would broadcast
                 raise ValueError(f"{name} is {[*tensor.shape]}, the model's {[*own[name].shape]}")
             own[name].copy_(tensor)
+            taken += tensor.nbytes
         self.version = version
+        return SyncReport(sent_bytes=taken, seconds=time.monotonic() - began)
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Nothing is ever under way."""
+        return nullcontext()
+
+    def health(self) -> list[ServerHealth]:
+        """This process."""
+        return [ServerHealth("embedded", "ready", self.version)]
 
     def close(self) -> None:
         """Free the model."""
@@ -162,7 +191,20 @@ class EmbeddedEngine:
             entropies=response.entropies,
             finish_reason="stop" if response.stopped else "length",
             policy_version=self.version,
+            versions=(VersionSpan(self.version, 0, len(response.token_ids)),),
         )
+
+
+class _Later:
+    """Responses that are generated when asked for."""
+
+    def __init__(
+        self, engine: EmbeddedEngine, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> None:
+        self.generate = partial(engine.generate, prompts, sampling)
+
+    def collect(self) -> list[RolloutGroup]:
+        return self.generate()
 
 
 # transformers 5 stacks the matrices of all experts of a layer, these on top of each other.

@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from megatron_bupo.algorithm.bupo import Policy
+    from megatron_bupo.types import Prompt, RolloutGroup, Sampling, Weights
 
-    from megatron_bupo.types import Prompt, RolloutGroup, Sampling
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine can do beyond its duty."""
+
+    name: str  # with its version, e.g. `sglang 0.5.23`
+    ahead: bool  # generates while the caller does something else
+    entropies: bool  # tells the entropy that each token was drawn with
+    internal_policies: bool  # samples from internal layer policies
+    reproducible: bool  # equal seeds draw equal responses
+
+
+@dataclass(frozen=True)
+class ServerHealth:
+    """How one server is."""
+
+    address: str
+    state: str  # ready | behind (misses an update) | starting | lost
+    policy_version: int | None  # of its weights, as last confirmed
+    restarts: int = 0
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What one `load_weights` cost. Bytes and seconds of the whole, over all ranks."""
+
+    sent_bytes: int  # to one server
+    seconds: float
+    recovered: int = 0  # servers that had missed an update and have it now
+    behind: int = 0  # servers that missed this one
+
+
+class Pending(Protocol):
+    """Responses that are being generated."""
+
+    def collect(self) -> list[RolloutGroup]:
+        """Wait for them: a group per prompt, in order, the same on every rank. Collective."""
+        ...
 
 
 class RolloutEngine(Protocol):
@@ -16,12 +56,35 @@ class RolloutEngine(Protocol):
     arguments.
     """
 
+    def capabilities(self) -> Capabilities:
+        """What this engine can do."""
+        ...
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
         """A group per prompt, in order, the same on every rank."""
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Take over `(hf_name, full tensor)` pairs; what is not in the stream stays as it is."""
+    def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> Pending:
+        """Start to generate; an engine that cannot do it aside does it when asked to `collect`."""
+        ...
+
+    def load_weights(self, weights: Weights, *, version: int) -> SyncReport:
+        """Take over full tensors by HF name; what is not among them stays as it is.
+
+        Responses under way go on with the new weights, unless `sync.pause` says otherwise.
+        """
+        ...
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Nothing is sampled inside the block; responses under way go on after it."""
+        ...
+
+    def sample_from(self, policy: Policy) -> None:
+        """Sample from `policy` from now on. Training never asks for another than the full one."""
+        ...
+
+    def health(self) -> list[ServerHealth]:
+        """One for each server; an engine without servers is one itself."""
         ...
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ MODELS = {
 def _export(model_dir: Path, out: Path, dtype: str) -> dict[str, Tensor]:
     config = run_config(model={"dtype": dtype}, parallel={"tp": 2, "pp": 2})
     trainer = start_trainer(model_dir, config)
-    weights = trainer.all_weights()
+    weights = iter(trainer.all_weights())
     if dist.get_rank() == 0:
         write_checkpoint(out, weights, like=model_dir, dtype=dtype, shard_bytes=20_000)
     for _ in weights:
