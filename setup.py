@@ -27,6 +27,7 @@ REQUIRES = [
     "pyarrow",
     "rich",
     "tensorboard",
+    "aiohttp",
     "matplotlib",
 ]
 
