@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from megatron_bupo import collective
+from megatron_bupo.algorithm.bupo import InternalLayerPolicy, depth_of
 from megatron_bupo.errors import InputError
 from megatron_bupo.rollout.decoding import Response, decode
 from megatron_bupo.rollout.engine import Capabilities, Pending, ServerHealth, SyncReport
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from megatron_bupo.algorithm.bupo import Policy
 
 
 class _Request(NamedTuple):
@@ -61,6 +65,10 @@ class EmbeddedEngine:
         self.model: PreTrainedModel = model.to(device).eval().requires_grad_(False)
         self.stop_ids = _stop_ids(self.model, tokenizer)
         self.version = 0
+        backbone: Any = model.model
+        self._layers: nn.ModuleList = backbone.layers
+        self._norm: nn.Module = backbone.norm
+        self._places = _places(self.model)  # of all layers, whichever of them run
 
     def capabilities(self) -> Capabilities:
         """Equal seeds draw equal responses, on any number of ranks."""
@@ -97,8 +105,7 @@ class EmbeddedEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
         """Take over `(hf_name, full tensor)` pairs; what is not in the stream stays as it is."""
-        began, taken = time.monotonic(), 0
-        own = _places(self.model)
+        began, taken, own = time.monotonic(), 0, self._places
         for name, tensor in weights:
             if name not in own:
                 raise KeyError(f"{name} is no weight of {type(self.model).__name__}")
@@ -113,13 +120,24 @@ class EmbeddedEngine:
         """Nothing is ever under way."""
         return nullcontext()
 
+    def sample_from(self, policy: Policy) -> None:
+        """Run the layers that `policy` reads, and none above."""
+        layers = len(self._layers)
+        internal = isinstance(policy, InternalLayerPolicy)
+        if internal and not 1 <= policy.layer < layers:
+            raise ValueError(f"{policy} of a model with {layers} layers: choose 1..{layers - 1}")
+        backbone: Any = self.model.model
+        backbone.layers = self._layers[: depth_of(policy, layers)]
+        raw = internal and not policy.read_out_norm
+        backbone.norm = nn.Identity() if raw else self._norm
+
     def health(self) -> list[ServerHealth]:
         """This process."""
         return [ServerHealth("embedded", "ready", self.version)]
 
     def close(self) -> None:
         """Free the model."""
-        del self.model
+        del self.model, self._layers, self._norm, self._places
 
     def _check(self, prompt: Prompt, sampling: Sampling) -> None:
         """Refuse what the model cannot read, before anything is generated."""
