@@ -77,8 +77,11 @@ def loop_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = 10.0,
+    tis_cap: float | None = None,
 ) -> Tensor:
-    """The clipped loss, one response and one token at a time."""
+    """The clipped loss, one response and one token at a time; `tis_cap`: each token weighs what it
+    is likelier for the learner than for the sampler.
+    """
     assert batch.old_logprobs is not None
     assert batch.advantages is not None
     per_response = []
@@ -96,7 +99,11 @@ def loop_loss(
                 gain = torch.tensor((1 - clip_low) * advantage)
             if dual_clip is not None and advantage < 0 and ratio > dual_clip:
                 gain = torch.tensor(dual_clip * advantage)
-            losses.append(-gain)
+            weight = 1.0
+            if tis_cap is not None:
+                log_weight = float(batch.old_logprobs[i, t]) - float(batch.rollout_logprobs[i, t])
+                weight = min(math.exp(log_weight), tis_cap)
+            losses.append(-gain * weight)
         per_response.append(losses)
     tokens = sum(len(losses) for losses in per_response)
     if aggregation == "token_mean":
@@ -117,12 +124,14 @@ class DenseUpdate:
 
 
 def dense_update(
-    model: Any, batch: TokenBatch, policy: Policy, *, aggregation: str = "token_mean"
+    model: Any, batch: TokenBatch, policy: Policy, *, aggregation: str = "token_mean", **knobs: Any
 ) -> DenseUpdate:
-    """Forward and backward of `batch` (with its old log-probs) under `policy`."""
+    """Forward and backward of `batch` (with its old log-probs) under `policy`; `knobs` are those of
+    `loop_loss`.
+    """
     model.zero_grad()
     logprobs, entropies = dense_logprobs(model, batch, policy)
-    loss = loop_loss(logprobs, batch, aggregation=aggregation)
+    loss = loop_loss(logprobs, batch, aggregation=aggregation, **knobs)
     loss.backward()
     grads = by_hf_name(
         (name, torch.zeros_like(p) if p.grad is None else p.grad.clone())

@@ -277,3 +277,9 @@ class Config:
         default_factory=dict
     )  # native TransformerConfig, DDP and optimizer fields
     sglang: dict[str, Any] = field(default_factory=dict)  # native server options
+
+    @property
+    def corrects_rollouts(self) -> bool:
+        """Does truncated importance sampling weigh the tokens of full-policy steps?"""
+        mode, stale = self.algorithm.rollout_correction, self.rollout.max_staleness > 0
+        return mode == "tis" or (mode == "auto" and stale)

@@ -18,6 +18,7 @@ from megatron_bupo.algorithm.advantages import token_weights
 from megatron_bupo.algorithm.bupo import FULL, Policy
 from megatron_bupo.algorithm.kl import kl_estimates
 from megatron_bupo.algorithm.policy_loss import ClipStatistics, clipped_policy_loss
+from megatron_bupo.algorithm.rollout_correction import truncated_importance_weights
 from megatron_bupo.config.schema import Config
 from megatron_bupo.hf.architecture import DecoderSizes
 from megatron_bupo.mcore import cpu, parallel
@@ -107,8 +108,10 @@ class MegatronTrainer(MegatronActor):
         for router in self.routers:
             router.begin(sum(input_lengths(minibatch)))
         weights = token_weights(minibatch.response_mask, self.config.algorithm.loss_aggregation)
-        outcomes = self._run(minibatch, policy, learn=partial(self._loss, minibatch, weights))
-        report = self._report([sums for sums, _ in outcomes])
+        corrected = policy == FULL and self.config.corrects_rollouts
+        learn = partial(self._loss, minibatch, weights, corrected=corrected)
+        outcomes = self._run(minibatch, policy, learn=learn)
+        report = self._report([sums for sums, _ in outcomes], corrected=corrected)
         if self.balances:
             imbalance = mean_imbalance(self.routers, self.arch.experts, policy)
             report["update/expert_imbalance"] = imbalance
@@ -122,7 +125,13 @@ class MegatronTrainer(MegatronActor):
         )
 
     def _loss(
-        self, minibatch: TokenBatch, weights: Tensor, microbatch: Microbatch, hidden: Tensor
+        self,
+        minibatch: TokenBatch,
+        weights: Tensor,
+        microbatch: Microbatch,
+        hidden: Tensor,
+        *,
+        corrected: bool,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, tuple[Tensor, Tensor]]]:
         """Loss, token count and what to report (sums, and the tokens' log-probs and entropies), as
         Megatron's schedule wants them.
@@ -137,11 +146,18 @@ class MegatronTrainer(MegatronActor):
             assert column is not None
             return column.flatten()[at].to(logprobs.device)
 
+        before = logprobs.detach() if old is None else here(old)
+        counts, correction = here(weights), ()
+        if corrected:
+            rollout, cap = here(minibatch.rollout_logprobs), algorithm.tis_cap
+            importance, cut = truncated_importance_weights(before, rollout, cap=cap)
+            counts = counts * importance
+            correction = importance.sum(), cut.float().sum()
         loss, statistics = clipped_policy_loss(
             logprobs,
-            logprobs.detach() if old is None else here(old),
+            before,
             here(minibatch.advantages),
-            here(weights),
+            counts,
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
             dual_clip=algorithm.dual_clip,
@@ -153,14 +169,16 @@ class MegatronTrainer(MegatronActor):
             if algorithm.kl_in == "loss":
                 loss = loss + algorithm.kl_coefficient * (kl * here(weights)).sum()
         tokens = torch.tensor(len(at), dtype=torch.int, device=loss.device)
-        sums = torch.stack((loss.detach(), kl.detach().sum(), *statistics.stacked()))
-        return loss, tokens, (sums, (microbatch.at, torch.stack((logprobs, entropies)).detach()))
+        sums = (loss.detach(), kl.detach().sum(), *statistics.stacked(), *correction)
+        scored = torch.stack((logprobs, entropies)).detach()
+        return loss, tokens, (torch.stack(sums), (microbatch.at, scored))
 
-    def _report(self, sums: list[Tensor]) -> dict[str, float]:
-        nothing = torch.zeros(2 + len(ClipStatistics.FIELDS), device=cpu.device())
+    def _report(self, sums: list[Tensor], *, corrected: bool) -> dict[str, float]:
+        size = 2 + len(ClipStatistics.FIELDS) + (2 if corrected else 0)
+        nothing = torch.zeros(size, device=cpu.device())
         total = torch.stack(sums).sum(0) if sums else nothing
         total = parallel.from_last_stage(parallel.sum_over_tokens(total)).double()
-        loss, kl_to_reference, tokens, ratio, clipped, dual, kl_to_old = total.tolist()
+        loss, kl_to_reference, tokens, ratio, clipped, dual, kl_to_old, *tis = total.tolist()
         tokens = max(tokens, 1.0)
         report = {
             "update/loss": loss,
@@ -171,6 +189,10 @@ class MegatronTrainer(MegatronActor):
         }
         if self.reference is not None:
             report["update/kl_to_reference_nats"] = kl_to_reference / tokens
+        if corrected:
+            weight, truncated = tis
+            report["update/tis_weight_mean"] = weight / tokens
+            report["update/tis_truncated_fraction"] = truncated / tokens
         return report
 
     def gather_parameters(self) -> None:
