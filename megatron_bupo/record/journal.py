@@ -7,7 +7,7 @@ Every rank keeps one, only the first rank's speaks.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,14 +16,18 @@ from megatron_bupo.algorithm.bupo import Policy
 from megatron_bupo.config.schema import Config
 from megatron_bupo.record.console import Display
 from megatron_bupo.record.metrics import MetricsLog, read_metrics
+from megatron_bupo.record.rollout_files import Learned, write_rollouts
+from megatron_bupo.types import Grade, RolloutGroup
 
 ACTIVITIES = {  # name in time/..._s: what the display says
     "generate": "generating responses",
     "grade": "grading",
     "old_logprobs": "old log-probs",
     "ref_logprobs": "reference log-probs",
+    "compare": "comparing trainer and sampler",
     "update": "updating",
     "sync": "syncing weights",
+    "dump": "writing rollouts",
     "evaluate": "evaluating",
     "checkpoint": "saving a checkpoint",
     "relayout": "building the next phase's actor",
@@ -39,6 +43,8 @@ class Journal:
 
     def __init__(self, run_dir: Path, config: Config, *, first_step: int, speaks: bool) -> None:
         self._log = None
+        self._run_dir = run_dir
+        self._dumps = config.debug.dump_rollouts or config.debug.rollout_only
         history = []
         if speaks:
             tensorboard = config.logging.tensorboard
@@ -94,6 +100,20 @@ class Journal:
     def note(self, metrics: Mapping[str, float]) -> None:
         """Add metrics to the step's line."""
         self._metrics.update(metrics)
+
+    def dump(
+        self,
+        groups: Sequence[RolloutGroup],
+        grades: Sequence[Sequence[Grade]],
+        learned: Learned | None = None,
+    ) -> None:
+        """Write the step's rollouts down, where `debug` asks for it."""
+        if not self._dumps:
+            return
+        with self.doing("dump"):
+            if self._log is not None:
+                assert self._step is not None
+                write_rollouts(self._run_dir, self._step, groups, grades, learned)
 
     def conclude(self, text: str) -> None:
         """The last words, below the display."""
