@@ -31,6 +31,7 @@ from megatron_bupo.preflight import Preflight
 from megatron_bupo.record.figure import draw_run
 from megatron_bupo.record.heartbeat import Heartbeat
 from megatron_bupo.record.journal import Journal
+from megatron_bupo.record.mismatch import Mismatch
 from megatron_bupo.record.skipped import SkippedUpdates
 from megatron_bupo.record.summary import summarise
 from megatron_bupo.rewards.grader import Grader
@@ -59,6 +60,7 @@ class Run:
     schedule: PhaseSchedule
     journal: Journal
     skipped: SkippedUpdates
+    mismatch: Mismatch
     pad_id: int
     first_step: int
     trained_layers: int  # by the steps before the first
@@ -226,6 +228,7 @@ def build(ready: Preflight) -> Run:
             schedule=schedule,
             journal=journal,
             skipped=SkippedUpdates(config.optimizer.max_skipped_updates),
+            mismatch=Mismatch(config),
             pad_id=0,  # masked out everywhere: any id will do
             first_step=first_step,
             trained_layers=trained_layers,

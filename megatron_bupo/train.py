@@ -16,11 +16,12 @@ from megatron_bupo.algorithm.advantages import group_relative_advantages
 from megatron_bupo.algorithm.bupo import FULL, Policy
 from megatron_bupo.algorithm.kl import less_kl
 from megatron_bupo.build import Run, build
-from megatron_bupo.config.schema import AlgorithmConfig
+from megatron_bupo.config.schema import AlgorithmConfig, Config
 from megatron_bupo.data.packing import pack
 from megatron_bupo.mcore.learning_rate import learning_rate
 from megatron_bupo.preflight import Preflight
 from megatron_bupo.record import measures
+from megatron_bupo.record.rollout_files import Learned
 from megatron_bupo.types import Grade, TokenBatch
 
 
@@ -52,24 +53,42 @@ def train_step(run: Run, step: int) -> None:
         with journal.doing("grade"):
             grades = run.grader.grade(groups)
         batch, scores = with_logprobs(pack(groups, run.pad_id), policy, run)
-        # Trainer and engine must start from the same weights; an actor of fewer layers cannot say.
-        if step == 0 and policy != FULL and config.bupo.internal_layout is None:
-            full, _ = trainer.logprobs(batch, FULL, temperature=config.rollout.temperature)
-            journal.note(measures.mismatch_measures(full, batch))
+        full = full_logprobs(batch, run) if must_compare(step, policy, config) else None
         batch = batch.with_advantages(advantages(grades, batch, config.algorithm))
         lr = learning_rate(step, config, phase_start=run.schedule.phase_start(step))
         with journal.doing("update"):
             minibatches = batch.minibatches(config.algorithm.minibatches)
             updates = [trainer.update(minibatch, policy, lr=lr) for minibatch in minibatches]
+        journal.dump(groups, grades, Learned(policy, batch, scores or updates[0].scores))
         run.warn(run.skipped.after(step, updates))
         with journal.doing("sync"):
             run.engine.load_weights(trainer.changed_weights(policy), version=step + 1)
         journal.note(measures.rollout_measures(groups, grades))
         journal.note(measures.update_measures(updates, lr))
-        journal.note(measures.policy_measures(policy, scores or updates[0].scores, batch))
+        known = measures.policy_measures(policy, scores or updates[0].scores, batch, full=full)
+        journal.note(known)
+        run.warn(run.mismatch.after(step, known))
         run.warn(measures.warnings_of(grades))
         if config.evaluation.every and (step + 1) % config.evaluation.every == 0:
             run.evaluate("eval/accuracy_mean")
+
+
+def must_compare(step: int, policy: Policy, config: Config) -> bool:
+    """Must trainer and sampler be compared though the policy that learns does not do it by the way?
+    At the start, for they must begin with the same weights, and when asked for. An actor of fewer
+    layers cannot.
+    """
+    if policy == FULL or config.bupo.internal_layout is not None:
+        return False
+    every = config.debug.mismatch_every
+    return step == 0 or bool(every and step % every == 0)
+
+
+def full_logprobs(batch: TokenBatch, run: Run) -> Tensor:
+    """What the trainer says of the full policy, `[responses, tokens]` nats."""
+    temperature = run.config.rollout.temperature
+    with run.journal.doing("compare"):
+        return run.trainer.logprobs(batch, FULL, temperature=temperature, with_entropy=False)[0]
 
 
 def with_logprobs(

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from megatron_bupo.algorithm.bupo import FULL, Policy
+from megatron_bupo.algorithm.kl import kl_estimates
 from megatron_bupo.types import Grade, Rollout, RolloutGroup, TokenBatch, UpdateReport
 
 if TYPE_CHECKING:
@@ -43,33 +44,48 @@ def warnings_of(grades: Sequence[Sequence[Grade]]) -> list[str]:
 
 
 def policy_measures(
-    policy: Policy, scores: tuple[Tensor, Tensor] | None, batch: TokenBatch
+    policy: Policy,
+    scores: tuple[Tensor, Tensor] | None,
+    batch: TokenBatch,
+    *,
+    full: Tensor | None = None,
 ) -> dict[str, float]:
-    """What is worth knowing of the policy that learns, from its log-probs and entropies
-    `[responses, tokens]` before the step's first update.
+    """What is worth knowing of the policy that learns, from its log-probs and entropies before the
+    step's first update, and of the full one if that is another: `full`, its log-probs. All
+    `[responses, tokens]`.
     """
     assert scores is not None, "a pass before the updates gives them, or else the only update"
     logprobs, entropies = scores
     if policy == FULL:
         return mismatch_measures(logprobs, batch)
-    return internal_measures(entropies, batch)
+    compared = {} if full is None else mismatch_measures(full, batch)
+    return internal_measures(entropies, batch) | compared
 
 
 def internal_measures(entropies: Tensor, batch: TokenBatch) -> dict[str, float]:
     """The entropy of the internal layer policy at the response tokens; `entropies [responses,
     tokens]` nats.
     """
+    if not batch.response_tokens:
+        return {}
     return {"entropy/internal_nats": float(entropies[batch.response_mask].double().mean())}
 
 
 def mismatch_measures(logprobs: Tensor, batch: TokenBatch) -> dict[str, float]:
-    """How far trainer and rollout engine disagree about the full policy, nats. Should be float
-    noise.
+    """How far trainer and rollout engine disagree about the full policy, nats: mean and maximum
+    over response tokens, and KL(sampler || trainer) as k3 estimates it.
+
+    Float noise where both have the same weights in fp32; a response of older weights is compared as
+    it is.
     """
-    gap = (logprobs - batch.rollout_logprobs)[batch.response_mask].abs().double()
+    if not batch.response_tokens:
+        return {}
+    trainer, sampler = (x[batch.response_mask].double() for x in (logprobs, batch.rollout_logprobs))
+    gap = (trainer - sampler).abs()
     return {
         "rollout/logprob_gap_mean_nats": float(gap.mean()),
         "rollout/logprob_gap_max_nats": float(gap.max()),
+        "rollout/logprob_gap_k3_nats": float(kl_estimates(sampler, trainer, estimator="k3").mean()),
     }
 
 

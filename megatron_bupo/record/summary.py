@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_bupo.config.layout import parallel_sizes
 from megatron_bupo.record.metrics import INTERNAL, read_metrics
+from megatron_bupo.record.mismatch import KL, MEAN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +45,7 @@ def summarise(
         _accuracy(records),
         _reward(records),
         _entropy(records),
+        _mismatch(records),
         _time(records),
     ]
     text = " ".join(sentence for sentence in sentences if sentence)
@@ -105,6 +107,15 @@ def _entropy(records: Sequence[Record]) -> str:
             measured.setdefault(record["policy"], []).append(record[INTERNAL_NATS])
     told = [f"{name} {of[0]:.3f} to {of[-1]:.3f}" for name, of in measured.items() if of]
     return f"Entropy in nats per token: {', '.join(told)}." if told else ""
+
+
+def _mismatch(records: Sequence[Record]) -> str:
+    """What parts trainer and sampler about the full policy, at the steps where it was measured."""
+    gaps = [record[MEAN] for record in records if MEAN in record]
+    if not gaps:
+        return ""
+    kl = max(record.get(KL, 0.0) for record in records)
+    return f"Trainer and sampler: {fmean(gaps):.1g} nats a token apart, KL at most {kl:.1g}."
 
 
 def _time(records: Sequence[Record]) -> str:
