@@ -34,7 +34,8 @@ from megatron_bupo.record.journal import Journal
 from megatron_bupo.record.mismatch import Mismatch
 from megatron_bupo.record.skipped import SkippedUpdates
 from megatron_bupo.record.summary import summarise
-from megatron_bupo.rewards.grader import Grader
+from megatron_bupo.replay import Replay
+from megatron_bupo.rewards.grader import Grader, Grading
 from megatron_bupo.rollout.embedded import EmbeddedEngine
 from megatron_bupo.rollout.engine import RolloutEngine
 from megatron_bupo.types import Prompt, Sampling
@@ -54,8 +55,8 @@ class Run:
     run_dir: Path
     trainer: MegatronTrainer  # of the present phase, see `have_actor_for`
     engine: RolloutEngine
-    grader: Grader
-    prompts: PromptStream
+    grader: Grading
+    prompts: PromptStream | Replay
     held_out: Sequence[Prompt]
     schedule: PhaseSchedule
     journal: Journal
@@ -75,14 +76,7 @@ class Run:
 
     def sampling(self, step: int) -> Sampling:
         """How `step`'s responses are drawn."""
-        rollout = self.config.rollout
-        return Sampling(
-            responses_per_prompt=rollout.responses_per_prompt,
-            max_response_tokens=rollout.max_response_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            seed=_noise_seed(self.config.seed, TRAINING, step),
-        )
+        return sampling_at(self.config, step)
 
     def evaluate(self, key: str) -> None:
         """Note the accuracy on held-out prompts under `key`; the same noise each time, to
@@ -166,11 +160,23 @@ class Run:
             pass  # the other ranks do their part of the gathering
 
 
+def sampling_at(config: Config, step: int) -> Sampling:
+    """How the responses of `step` are drawn."""
+    rollout = config.rollout
+    return Sampling(
+        responses_per_prompt=rollout.responses_per_prompt,
+        max_response_tokens=rollout.max_response_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        seed=_noise_seed(config.seed, TRAINING, step),
+    )
+
+
 def _noise_seed(*keys: int) -> int:
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _heartbeat(config: Config, run_dir: Path, world: int) -> AbstractContextManager[object]:
+def heartbeat(config: Config, run_dir: Path, world: int) -> AbstractContextManager[object]:
     """What notices when the ranks hang, in whatever they do from here on."""
     if not config.logging.stall_s:
         return nullcontext()
@@ -183,8 +189,9 @@ def build(ready: Preflight) -> Run:
     config, arch = ready.config, ready.architecture
     run_dir = Path(expand(config.run_dir))
     with ExitStack() as stack:
-        stack.enter_context(_heartbeat(config, run_dir, ready.layout.world))
-        grader = Grader(config.reward)  # early: its process starts while the rest loads
+        stack.enter_context(heartbeat(config, run_dir, ready.layout.world))
+        replay = None if config.debug.replay is None else Replay(config.debug.replay)
+        grader = replay or Grader(config.reward)  # early: its process starts while the rest loads
         stack.callback(grader.close)
         newest = checkpoints.newest_checkpoint(run_dir)
         first_step, path = newest or (0, None)
@@ -193,7 +200,7 @@ def build(ready: Preflight) -> Run:
         stack.enter_context(parallel.joined(plan.layout, seed=config.seed))
         tokenizer = load_tokenizer(expand(config.model.tokenizer or config.model.path))
         trainer = plan.build()
-        engine = _engine(config, tokenizer)
+        engine = replay or rollout_engine(config, tokenizer)
         stack.callback(engine.close)
         notes, trained_layers = [], 0
         if path is not None:
@@ -218,12 +225,7 @@ def build(ready: Preflight) -> Run:
             trainer=trainer,
             engine=engine,
             grader=grader,
-            prompts=PromptStream(
-                load_prompts(config.data.train, config.data, tokenizer),
-                prompts_per_step=config.rollout.prompts_per_step,
-                seed=config.seed,
-                shuffle=config.data.shuffle,
-            ),
+            prompts=replay or prompt_stream(config, tokenizer),
             held_out=held_out[: config.evaluation.max_prompts],
             schedule=schedule,
             journal=journal,
@@ -237,7 +239,18 @@ def build(ready: Preflight) -> Run:
         )
 
 
-def _engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> EmbeddedEngine:
+def prompt_stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptStream:
+    """What the steps of a run ask."""
+    return PromptStream(
+        load_prompts(config.data.train, config.data, tokenizer),
+        prompts_per_step=config.rollout.prompts_per_step,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+    )
+
+
+def rollout_engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:
+    """The engine that `rollout.engine` names, with the weights of `model.path`."""
     return EmbeddedEngine(
         expand(config.model.path),
         tokenizer,

@@ -52,6 +52,7 @@ def preflight(config: Config, world_size: int | None) -> Preflight:
     layout = check(config, world_size)
     architecture = check_files(config)
     check_resumption(config, architecture)
+    _check_debugging(config, architecture)
     if config.megatron:
         from megatron_bupo.mcore.native import check_native
 
@@ -65,8 +66,9 @@ def check_files(config: Config) -> DecoderSizes:
     from megatron_bupo.rewards.functions import resolve
 
     architecture = check_model(config)
-    check_rows(config.data)
-    resolve(config.reward.function)
+    if config.debug.replay is None:
+        check_rows(config.data)
+        resolve(config.reward.function)
     return architecture
 
 
@@ -133,6 +135,23 @@ def check_resumption(config: Config, architecture: DecoderSizes) -> None:
             f"{path} has trained {before['trained_layers']} layers, and the run would go on with "
             f"an actor of the {policy} alone",
             "set bupo.internal_layout=null, or choose another run_dir",
+        )
+
+
+def _check_debugging(config: Config, architecture: DecoderSizes) -> None:
+    """What is to be replayed can be; a run without training is not that of a training run."""
+    newest = newest_checkpoint(Path(expand(config.run_dir)))
+    if config.debug.replay is not None:
+        from megatron_bupo.replay import check_replay
+
+        first_step = newest[0] if newest else 0
+        check_replay(config, first_step=first_step, vocab_size=architecture.vocab_size)
+    if config.debug.rollout_only and newest:
+        raise InputError(
+            f"run_dir={config.run_dir}",
+            f"holds a training run ({newest[1]}), and debug.rollout_only=true would not go on "
+            "with it",
+            "choose another run_dir",
         )
 
 

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "megatron_bupo"
 MAY_IMPORT = {
     "types": set(),
     "errors": set(),
-    "collective": set(),
+    "collective": {"progress"},
     "progress": set(),
     "checkpoints": {"errors"},
     "config": {"errors"},
@@ -40,6 +40,8 @@ ON_TOP = {
     "build",
     "train",
     "score",
+    "replay",
+    "rollout_only",
     "cli",
     "commands",
     "preflight",

@@ -38,7 +38,10 @@ def run(args: Namespace) -> None:
         return
     prepare(config)
     ready = preflight(config, world_size)
-    from megatron_bupo.train import train
+    if config.debug.rollout_only:
+        from megatron_bupo.rollout_only import rollout_only as train
+    else:
+        from megatron_bupo.train import train
 
     run_dir = Path(expand(config.run_dir))
     with hold(run_dir) if is_first_rank() else nullcontext():

@@ -11,6 +11,7 @@ import difflib
 import math
 from collections.abc import Callable
 
+from megatron_bupo.config.debug_rules import check_debug
 from megatron_bupo.config.internal_layout_rules import (
     check_internal_layout,
     check_internal_layout_against_model,
@@ -91,6 +92,7 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     check_parallel(config)
     check_timeouts(config)
     _evaluation_has_data(config)
+    check_debug(config)
     refuse_owned_keys(config.megatron)
     layout = parallel_sizes(config, world_size)
     if training:

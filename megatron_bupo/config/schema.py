@@ -242,8 +242,9 @@ class DebugConfig:
     """For looking into a run."""
 
     dump_rollouts: bool = False  # every rollout of every step goes to run_dir/rollouts
-    replay: str | None = None  # train from the rollouts that another run dumped there; no engine
-    rollout_only: bool = False  # generate, grade and dump, without training
+    # Train from the rollouts and rewards that another run has dumped there; no engine, no grader
+    replay: str | None = None
+    rollout_only: bool = False  # generate, grade and dump, without training or evaluation
     # Compare trainer and sampler in every so many steps of the internal phase too
     mismatch_every: int = 0
 

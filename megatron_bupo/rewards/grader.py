@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from itertools import islice
 from multiprocessing.connection import Connection
+from typing import Protocol
 
 from megatron_bupo import collective, progress
 from megatron_bupo.config.schema import RewardConfig
@@ -34,6 +35,18 @@ _BOOT = (
     "import sys; sys.path[:] = sys.argv[3:]; from megatron_bupo.rewards.worker import main; "
     "main(int(sys.argv[1]), int(sys.argv[2]))"
 )
+
+
+class Grading(Protocol):
+    """Where grades come from."""
+
+    def grade(self, groups: Sequence[RolloutGroup]) -> list[list[Grade]]:
+        """A grade per rollout, in the shape of `groups`, the same on every rank. Collective."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds."""
+        ...
 
 
 class Grader:
