@@ -51,7 +51,6 @@ ON_TOP = {
 # Packages of others that only one part of ours knows.
 ONLY_IN = {
     "megatron": {"mcore", "pipelines"},
-    "sglang": {"rollout"},
 }
 # Parts of ours that know few packages of others.
 ONLY_OTHERS = {
@@ -61,6 +60,9 @@ ONLY_OTHERS = {
     "config": {"omegaconf", "yaml"},
     "algorithm": {"torch"},
 }
+
+# What runs inside SGLang's processes, whose environment has nothing of ours.
+SERVER_SIDE = PACKAGE / "rollout" / "server_side"
 
 # These answer (a config error, --help, a dry run) before anything heavy is imported.
 WITHOUT_TORCH = {"types", "errors", "checkpoints", "config", "hf", "cli"}
@@ -102,6 +104,21 @@ def test_a_module_imports_only_what_the_table_allows(path: Path):
     assert part in ON_TOP or ours <= MAY_IMPORT[part]
     assert part not in ONLY_OTHERS or others <= ONLY_OTHERS[part]
     assert not {name for name in others if part not in ONLY_IN.get(name, {part})}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(SERVER_SIDE.rglob("*.py")), ids=lambda path: str(path.relative_to(SERVER_SIDE))
+)
+def test_what_servers_import_needs_nothing_of_ours(path: Path):
+    own = ("megatron_bupo", *SERVER_SIDE.relative_to(PACKAGE).parts)
+    roots = {name.split(".")[0] for name in imports_of(path) if not name.startswith(".".join(own))}
+    assert roots - sys.stdlib_module_names <= {"sglang", "torch"}
+
+
+def test_only_servers_import_sglang():
+    importers = {path for path in MODULES if "sglang" in ours_and_others(path)[1]}
+    assert {path for path in importers if not path.is_relative_to(SERVER_SIDE)} == set()
+    assert importers
 
 
 def test_config_and_command_line_import_without_torch():
