@@ -26,6 +26,7 @@ from megatron_bupo.config.parallel_rules import (
     check_parallel_against_model,
 )
 from megatron_bupo.config.schema import Config
+from megatron_bupo.config.server_rules import check_servers
 from megatron_bupo.config.timeouts import check_timeouts
 from megatron_bupo.errors import InputError
 
@@ -99,6 +100,7 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
         check_internal_layout(config, layout.world)
         _minibatches_divide(config)
         _a_microbatch_holds_any_sequence(config)
+        check_servers(config, layout.world)
     return layout
 
 
