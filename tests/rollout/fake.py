@@ -1,0 +1,109 @@
+"""The strict fake SGLang server (tests/fake_sglang) as a process that a test starts and that ends
+with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FAKE = Path(__file__).parents[1] / "fake_sglang"  # goes first in PYTHONPATH
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LIBC = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True)
+class Fake:
+    """A running server."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    api_key: str | None = None
+
+    def ask(self, path: str, body: Any = None, *, timeout_s: float = 60) -> tuple[int, Any]:
+        """Status and answer (JSON where it is some) to a POST of `body`, without one to a GET."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        request = urllib.request.Request(self.url + path, data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as reply:
+                status, text = reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            status, text = error.code, error.read().decode()
+        try:
+            return status, json.loads(text)
+        except ValueError:
+            return status, text
+
+    def have(self, **faults: Any) -> None:
+        """Have faults from now on, see fake_sglang/sglang/faults.py."""
+        assert self.ask("/fake_faults", faults)[0] == 200
+
+    def kill(self) -> None:
+        """Have it gone, without a goodbye."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def fake_server(model: Path, log: Path, *options: str, **faults: Any) -> Iterator[Fake]:
+    """A server of the checkpoint at `model`, with native options and with faults; ready. It runs
+    without a tokenizer where the checkpoint has none.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+    command += ["--port", str(port), *options]
+    if not (model / "tokenizer.json").exists():
+        command.append("--skip-tokenizer-init")
+    environment = os.environ | {"PYTHONPATH": str(FAKE), "OMP_NUM_THREADS": "1"}
+    environment |= {f"FAKE_SGLANG_{name.upper()}": str(value) for name, value in faults.items()}
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=out,
+            env=environment,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, and no Python lock
+        )
+    key = options[options.index("--api-key") + 1] if "--api-key" in options else None
+    server = Fake(f"http://127.0.0.1:{port}", process, log, key)
+    try:
+        _wait_until_ready(server)
+        yield server
+    finally:
+        server.kill()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _die_with_parent() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _wait_until_ready(server: Fake, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while server.process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if server.ask("/ready")[0] == 200:
+                return
+        time.sleep(0.05)
+    raise RuntimeError(f"no server: {server.log.read_text()[-2000:]}")
