@@ -8,7 +8,7 @@ other settings shows what they change, all else equal. Every rank reads the file
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +22,8 @@ from megatron_bupo.record.rollout_files import (
     grouped,
     read_rollouts,
 )
-from megatron_bupo.rollout.engine import Capabilities, ServerHealth, SyncReport
-from megatron_bupo.types import Grade, Prompt, Rollout, RolloutGroup, Sampling
+from megatron_bupo.rollout.engine import Capabilities, ServerHealth
+from megatron_bupo.types import Grade, Prompt, Rollout, RolloutGroup, Sampling, SyncReport
 
 if TYPE_CHECKING:
     from megatron_bupo.algorithm.bupo import Policy
@@ -42,6 +42,9 @@ class Replay:
         """What the dumped step asked."""
         self._groups = grouped(read_rollouts(self._files[step]))
         return [group.prompt for group in self._groups]
+
+    def wait_until_up(self, say: Callable[[str], None]) -> None:
+        """There is nothing to wait for."""
 
     def capabilities(self) -> Capabilities:
         """It only reads."""

@@ -14,14 +14,16 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_bupo.algorithm.bupo import FULL
-from megatron_bupo.build import heartbeat, prompt_stream, rollout_engine, sampling_at
+from megatron_bupo.build import heartbeat, prompt_stream
 from megatron_bupo.config import expand, to_yaml
 from megatron_bupo.data.tokenizer import load_tokenizer
+from megatron_bupo.engines import rollout_engine
 from megatron_bupo.mcore import parallel
 from megatron_bupo.preflight import Preflight
 from megatron_bupo.record import measures
 from megatron_bupo.record.journal import Journal
 from megatron_bupo.rewards.grader import Grader
+from megatron_bupo.run import sampling_at
 
 
 def rollout_only(ready: Preflight) -> None:
@@ -34,10 +36,11 @@ def rollout_only(ready: Preflight) -> None:
         stack.enter_context(parallel.joined(ready.layout, seed=config.seed))
         tokenizer = load_tokenizer(expand(config.model.tokenizer or config.model.path))
         prompts = prompt_stream(config, tokenizer)
-        engine = rollout_engine(config, tokenizer)
+        engine = rollout_engine(config, ready.architecture, tokenizer, run_dir=run_dir)
         stack.callback(engine.close)
         speaks = dist.get_rank() == 0
         journal = stack.enter_context(Journal(run_dir, config, first_step=0, speaks=speaks))
+        engine.wait_until_up(journal.say)
         if speaks:
             (run_dir / "config.yaml").write_text(to_yaml(config))
         for step in range(config.steps):

@@ -170,6 +170,16 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
+class SyncReport:
+    """What one `load_weights` cost. Bytes and seconds of the whole, over all ranks."""
+
+    sent_bytes: int  # to one server
+    seconds: float
+    recovered: int = 0  # servers that had missed an update and have it now
+    behind: int = 0  # servers that missed this one
+
+
+@dataclass(frozen=True)
 class UpdateReport:
     """What one optimizer update did; all numbers are global over ranks and micro-batches."""
 

@@ -38,6 +38,8 @@ ON_TOP = {
     "__init__",
     "__main__",
     "build",
+    "engines",
+    "run",
     "train",
     "score",
     "replay",

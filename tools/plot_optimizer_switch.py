@@ -33,11 +33,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_bupo.bed.prepare import BED, make_bed
-from megatron_bupo.build import Run, build
+from megatron_bupo.build import build
 from megatron_bupo.config import Config, expand, load_config
 from megatron_bupo.launch.local import run_ranks
 from megatron_bupo.preflight import preflight
 from megatron_bupo.record.metrics import read_metrics
+from megatron_bupo.run import Run
 from megatron_bupo.train import train_step
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_bupo.algorithm.bupo import FULL, Policy
 from megatron_bupo.algorithm.kl import kl_estimates
-from megatron_bupo.types import Grade, Rollout, RolloutGroup, TokenBatch, UpdateReport
+from megatron_bupo.types import Grade, Rollout, RolloutGroup, SyncReport, TokenBatch, UpdateReport
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +86,17 @@ def mismatch_measures(logprobs: Tensor, batch: TokenBatch) -> dict[str, float]:
         "rollout/logprob_gap_mean_nats": float(gap.mean()),
         "rollout/logprob_gap_max_nats": float(gap.max()),
         "rollout/logprob_gap_k3_nats": float(kl_estimates(sampler, trainer, estimator="k3").mean()),
+    }
+
+
+def sync_measures(sync: SyncReport) -> dict[str, float]:
+    """What it cost to bring the step's weights to the engine: bytes to one server, over all
+    ranks.
+    """
+    return {
+        "sync/sent_bytes": sync.sent_bytes,
+        "sync/behind_servers": sync.behind,
+        "sync/recovered_servers": sync.recovered,
     }
 
 

@@ -6,7 +6,6 @@ long (another server may do better), `Refused` where the server answered that it
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ import aiohttp
 
 from megatron_bupo.errors import InputError
 
-OLDEST, SESSIONS_SINCE, SPANS_SINCE = (0, 4, 6), (0, 5, 23), (0, 5, 23)
+OLDEST = (0, 5, 4)  # pauses and weight versions came shortly before
+SESSIONS_SINCE = SPANS_SINCE = (0, 5, 23)
 CONTROL_TIMEOUT_S = 120.0  # for calls that neither generate nor carry weights
 
 
@@ -97,7 +97,7 @@ class ServerClient:
             ) as response:
                 text = await response.read()
                 status = response.status
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise Unreachable(f"no answer to {path} within {timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise Unreachable(f"{path}: {type(error).__name__}: {error}") from None

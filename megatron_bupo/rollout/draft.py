@@ -23,7 +23,7 @@ NO_VERSION = -1  # what a server carries that nobody gave weights
 
 
 class BadReply(Exception):
-    """A server's answer is not what was asked for; nothing of it is used."""
+    """A server's answer is not what was asked for, or stale; nothing of it is used."""
 
 
 def version_number(text: object) -> int:
@@ -78,8 +78,14 @@ class Draft:
             },
         }
 
-    def take(self, reply: Mapping[str, Any], *, version: int, tells_spans: bool) -> None:
-        """Add what a server sampled while its weights were `version`, or as its spans say."""
+    def take(
+        self, reply: Mapping[str, Any], *, version: int, oldest: int, tells_spans: bool
+    ) -> None:
+        """Add what a server sampled while its weights were `version`, or as its spans say.
+
+        Raises:
+            BadReply: it is not what was asked for, or older than `oldest`.
+        """
         ids, meta = reply["output_ids"], reply["meta_info"]
         logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
         reason = meta["finish_reason"]["type"]
@@ -92,13 +98,16 @@ class Draft:
         begin = len(self.ids)
         spans = meta.get("weight_versions") if tells_spans else None
         if spans is None:
-            told = version_number(meta.get("weight_version", version))
-            spans = [{"version": told, "start": 0, "end": len(ids)}]
-        self.versions += [
+            of_all = meta.get("weight_version", version)
+            spans = [{"version": of_all, "start": 0, "end": len(ids)}]
+        told = [
             VersionSpan(version_number(s["version"]), begin + s["start"], begin + s["end"])
             for s in spans
             if s["end"] > s["start"]
         ]
+        if stale := [span.version for span in told if span.version < oldest]:
+            raise BadReply(f"it answered with weights of version {stale[0]}, not {oldest}")
+        self.versions += told
         self.ids += ids
         self.logprobs += logprobs
         self.cached_tokens = self.cached_tokens or int(meta.get("cached_tokens") or 0)

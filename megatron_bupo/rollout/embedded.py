@@ -19,14 +19,14 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_bupo import collective
 from megatron_bupo.algorithm.bupo import InternalLayerPolicy, depth_of
-from megatron_bupo.errors import InputError
 from megatron_bupo.rollout.decoding import Response, decode
-from megatron_bupo.rollout.engine import Capabilities, Pending, ServerHealth, SyncReport
+from megatron_bupo.rollout.engine import Capabilities, Pending, ServerHealth
+from megatron_bupo.rollout.reading import check_prompt, stop_ids, text_of
 from megatron_bupo.rollout.sampling import uniforms
-from megatron_bupo.types import Prompt, Rollout, RolloutGroup, Sampling, VersionSpan
+from megatron_bupo.types import Prompt, Rollout, RolloutGroup, Sampling, SyncReport, VersionSpan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -63,12 +63,16 @@ class EmbeddedEngine:
             model_dir, dtype=dtype, local_files_only=True
         )
         self.model: PreTrainedModel = model.to(device).eval().requires_grad_(False)
-        self.stop_ids = _stop_ids(self.model, tokenizer)
+        ids = stop_ids(model_dir, tokenizer)
+        self.stop_ids = torch.tensor(ids, dtype=torch.long, device=device)
         self.version = 0
         backbone: Any = model.model
         self._layers: nn.ModuleList = backbone.layers
         self._norm: nn.Module = backbone.norm
         self._places = _places(self.model)  # of all layers, whichever of them run
+
+    def wait_until_up(self, say: Callable[[str], None]) -> None:
+        """There is nothing to wait for."""
 
     def capabilities(self) -> Capabilities:
         """Equal seeds draw equal responses, on any number of ranks."""
@@ -87,7 +91,12 @@ class EmbeddedEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
         """A group per prompt, in order, the same on every rank."""
         for prompt in prompts:
-            self._check(prompt, sampling)
+            check_prompt(
+                prompt,
+                context=self.model.config.max_position_embeddings,
+                vocab_size=self.model.config.vocab_size,
+                max_response_tokens=sampling.max_response_tokens,
+            )
         group_size = sampling.responses_per_prompt
         requests = [
             _Request(place, response)
@@ -139,25 +148,6 @@ class EmbeddedEngine:
         """Free the model."""
         del self.model, self._layers, self._norm, self._places
 
-    def _check(self, prompt: Prompt, sampling: Sampling) -> None:
-        """Refuse what the model cannot read, before anything is generated."""
-        where, config = f"data row {prompt.index}", self.model.config
-        context, limit = config.max_position_embeddings, sampling.max_response_tokens
-        if not 1 <= len(prompt.input_ids) <= context - limit:
-            raise InputError(
-                f"{where}: a prompt of {len(prompt.input_ids)} tokens",
-                f"the model's context of {context} leaves 1 to {context - limit} beside "
-                f"rollout.max_response_tokens={limit}",
-                "lower data.max_prompt_tokens or rollout.max_response_tokens",
-            )
-        for token in (min(prompt.input_ids), max(prompt.input_ids)):
-            if not 0 <= token < config.vocab_size:
-                raise InputError(
-                    f"{where}: token id {token}",
-                    f"the model's vocabulary holds 0 to {config.vocab_size - 1}",
-                    "set model.tokenizer to the model's own",
-                )
-
     def _respond(
         self, prompts: Sequence[Prompt], requests: Sequence[_Request], sampling: Sampling
     ) -> list[Response]:
@@ -197,14 +187,10 @@ class EmbeddedEngine:
         )
 
     def _rollout(self, prompt: Prompt, response: Response) -> Rollout:
-        text = self.tokenizer.decode(
-            [*response.token_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        assert isinstance(text, str)
         return Rollout(
             prompt=prompt,
             response_ids=response.token_ids,
-            text=text,
+            text=text_of(response.token_ids, self.tokenizer),
             rollout_logprobs=response.logprobs,
             entropies=response.entropies,
             finish_reason="stop" if response.stopped else "length",
@@ -242,10 +228,3 @@ def _places(model: PreTrainedModel) -> dict[str, Tensor]:
             for kind, part in zip(kinds, expert.chunk(len(kinds)), strict=True):
                 places[f"{block}.experts.{e}.{kind}.weight"] = part
     return places
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Tokens that end a response: the tokenizer's eos and those of the generation config."""
-    named = model.generation_config.eos_token_id if model.generation_config else None
-    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
-    return torch.tensor([i for i in ids if i is not None], dtype=torch.long, device=model.device)

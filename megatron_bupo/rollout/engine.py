@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from megatron_bupo.algorithm.bupo import Policy
-    from megatron_bupo.types import Prompt, RolloutGroup, Sampling, Weights
+    from megatron_bupo.types import Prompt, RolloutGroup, Sampling, SyncReport, Weights
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,6 @@ class ServerHealth:
     restarts: int = 0
 
 
-@dataclass(frozen=True)
-class SyncReport:
-    """What one `load_weights` cost. Bytes and seconds of the whole, over all ranks."""
-
-    sent_bytes: int  # to one server
-    seconds: float
-    recovered: int = 0  # servers that had missed an update and have it now
-    behind: int = 0  # servers that missed this one
-
-
 class Pending(Protocol):
     """Responses that are being generated."""
 
@@ -55,6 +45,10 @@ class RolloutEngine(Protocol):
     """Prompts in, responses of the full policy out. Every rank calls every method with equal
     arguments.
     """
+
+    def wait_until_up(self, say: Callable[[str], None]) -> None:
+        """Return when it can be asked; `say` hears of servers from now on. Collective."""
+        ...
 
     def capabilities(self) -> Capabilities:
         """What this engine can do."""

@@ -1,0 +1,165 @@
+"""A training run on this rank: what its loop calls to sample, evaluate, save and finish."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_bupo import checkpoints
+from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule, Policy, depth_of
+from megatron_bupo.config import Config, expand, flatten
+from megatron_bupo.evaluation.accuracy import accuracy
+from megatron_bupo.hf.architecture import DecoderSizes
+from megatron_bupo.hf.writer import write_checkpoint
+from megatron_bupo.mcore import checkpoint
+from megatron_bupo.mcore.phase_actor import ActorPlan, plan_actor
+from megatron_bupo.mcore.trainer import MegatronTrainer
+from megatron_bupo.record.figure import draw_run
+from megatron_bupo.record.journal import Journal
+from megatron_bupo.record.mismatch import Mismatch
+from megatron_bupo.record.skipped import SkippedUpdates
+from megatron_bupo.record.summary import summarise
+from megatron_bupo.rewards.grader import Grading
+from megatron_bupo.rollout.ahead import RolloutStream
+from megatron_bupo.rollout.engine import RolloutEngine
+from megatron_bupo.types import Prompt, Sampling
+
+TRAINING, HELD_OUT = 0, 1  # streams of sampling noise
+
+
+@dataclass
+class Run:
+    """A training run on this rank, ready for step `first_step`; a context manager."""
+
+    config: Config
+    architecture: DecoderSizes
+    run_dir: Path
+    trainer: MegatronTrainer  # of the present phase, see `have_actor_for`
+    engine: RolloutEngine
+    grader: Grading
+    rollouts: RolloutStream
+    held_out: Sequence[Prompt]
+    schedule: PhaseSchedule
+    journal: Journal
+    skipped: SkippedUpdates
+    mismatch: Mismatch
+    pad_id: int
+    first_step: int
+    learned: int  # steps whose updates are made
+    trained_layers: int  # by the steps before the first
+    world: int
+    closing: ExitStack
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.closing.__exit__(*error)  # type: ignore[arg-type]
+
+    def evaluate(self, key: str) -> None:
+        """Note the accuracy on held-out prompts under `key`; the same noise each time, to
+        compare.
+        """
+        evaluation = self.config.evaluation
+        if not evaluation.every:
+            return
+        sampling = Sampling(
+            responses_per_prompt=evaluation.responses_per_prompt,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+            temperature=evaluation.temperature,
+            seed=_noise_seed(self.config.seed, HELD_OUT),
+        )
+        with self.journal.doing("evaluate"):
+            self.journal.note({key: accuracy(self.engine, self.grader, self.held_out, sampling)})
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Tell of what went wrong without stopping the run."""
+        for warning in warnings:
+            self.journal.say(f"warning: {warning}")
+
+    def have_actor_for(self, policy: Policy, step: int) -> None:
+        """Have the actor that trains `policy` from `step` on, built anew where the present one is
+        another: it then takes over from the checkpoint of `step`. Collective.
+        """
+        if not self._needs_another_actor(policy):
+            return
+        with self.journal.doing("relayout"):
+            path = checkpoints.checkpoint_dir(self.run_dir, step)
+            self.trainer = self._plan(policy).take_over(self.trainer, path)
+
+    def _plan(self, policy: Policy) -> ActorPlan:
+        return plan_actor(policy, self.architecture, self.config, self.world)
+
+    def _needs_another_actor(self, policy: Policy) -> bool:
+        return self._plan(policy).arch.layers != self.trainer.arch.layers
+
+    def save_if_due(self, step: int) -> None:
+        """Write the state before `step`: every so often, at the end, and for another actor to take
+        over. Collective.
+        """
+        due = step % self.config.checkpoint.every == 0 or step == self.config.steps
+        if due or self._needs_another_actor(self.schedule.policy_at(step)):
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """Write the state before `step`. Collective."""
+        last = self.schedule.policy_at(step - 1)
+        state = {
+            "step": step,
+            "config": flatten(self.config),
+            "architecture": asdict(self.architecture),
+            "trained_layers": max(self.trained_layers, depth_of(last, self.architecture.layers)),
+        }
+        with self.journal.doing("checkpoint"):
+            checkpoint.save(
+                self.trainer, self.run_dir, step, state, keep=self.config.checkpoint.keep
+            )
+
+    def save_learned(self) -> None:
+        """Write what has been learned, where that has not been done. Collective."""
+        newest = checkpoints.newest_checkpoint(self.run_dir)
+        if self.learned > (newest[0] if newest else 0):
+            self.save(self.learned)
+
+    def finish(self) -> None:
+        """Leave the final policy as an HF checkpoint, the plot, and a paragraph on what came of
+        it. Collective.
+        """
+        if self.config.checkpoint.export_hf:
+            self.have_actor_for(FULL, max(self.first_step, self.config.steps))
+            with self.journal.doing("export"):
+                self._export()
+        if dist.get_rank() == 0:
+            figure = draw_run(self.run_dir)
+            paragraph = summarise(self.run_dir, self.config, world_size=self.world)
+            metrics = self.run_dir / "metrics.jsonl"
+            self.journal.conclude(f"\n{paragraph}\nmetrics {metrics}, plot {figure}")
+
+    def _export(self) -> None:
+        model_dir, dtype = Path(expand(self.config.model.path)), self.config.model.dtype
+        weights = iter(self.trainer.all_weights())
+        if dist.get_rank() == 0:
+            write_checkpoint(self.run_dir / "hf", weights, like=model_dir, dtype=dtype)
+        for _ in weights:
+            pass  # the other ranks do their part of the gathering
+
+
+def sampling_at(config: Config, step: int) -> Sampling:
+    """How the responses of `step` are drawn."""
+    rollout = config.rollout
+    return Sampling(
+        responses_per_prompt=rollout.responses_per_prompt,
+        max_response_tokens=rollout.max_response_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        seed=_noise_seed(config.seed, TRAINING, step),
+    )
+
+
+def _noise_seed(*keys: int) -> int:
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
