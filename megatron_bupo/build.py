@@ -82,9 +82,6 @@ def build(ready: Preflight) -> Run:
             journal.say(note)
         if dist.get_rank() == 0:
             (run_dir / "config.yaml").write_text(to_yaml(config))
-        held_out: list[Prompt] = []
-        if config.data.eval and config.evaluation.every:
-            held_out = load_prompts(config.data.eval, config.data, tokenizer)
         run = Run(
             config=config,
             architecture=arch,
@@ -95,7 +92,7 @@ def build(ready: Preflight) -> Run:
             rollouts=_rollouts(
                 config, engine, replay or prompt_stream(config, tokenizer), schedule, first_step
             ),
-            held_out=held_out[: config.evaluation.max_prompts],
+            held_out=_held_out(config, tokenizer),
             schedule=schedule,
             journal=journal,
             skipped=SkippedUpdates(config.optimizer.max_skipped_updates),
@@ -112,6 +109,14 @@ def build(ready: Preflight) -> Run:
         engine.wait_until_up(journal.say)
         run.closing = stack.pop_all()
         return run
+
+
+def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The prompts to evaluate on."""
+    if not (config.data.eval and config.evaluation.every):
+        return []
+    prompts = load_prompts(config.data.eval, config.data, tokenizer)
+    return prompts[: config.evaluation.max_prompts]
 
 
 def _rollouts(
