@@ -4,174 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch.distributed as dist
 
 from megatron_bupo import checkpoints
-from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule, Policy, depth_of
+from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule
 from megatron_bupo.config import Config, expand, flatten, to_yaml
 from megatron_bupo.config.algorithm_rules import doubts
 from megatron_bupo.data.order import PromptStream
 from megatron_bupo.data.prompts import load_prompts
 from megatron_bupo.data.tokenizer import load_tokenizer
-from megatron_bupo.evaluation.accuracy import accuracy
-from megatron_bupo.hf.architecture import DecoderSizes
-from megatron_bupo.hf.writer import write_checkpoint
-from megatron_bupo.mcore import checkpoint, cpu, parallel
-from megatron_bupo.mcore.model import DTYPES
-from megatron_bupo.mcore.phase_actor import ActorPlan, plan_actor
-from megatron_bupo.mcore.trainer import MegatronTrainer
+from megatron_bupo.engines import rollout_engine
+from megatron_bupo.mcore import checkpoint, parallel
+from megatron_bupo.mcore.phase_actor import plan_actor
 from megatron_bupo.preflight import Preflight
-from megatron_bupo.record.figure import draw_run
 from megatron_bupo.record.heartbeat import Heartbeat
 from megatron_bupo.record.journal import Journal
 from megatron_bupo.record.mismatch import Mismatch
 from megatron_bupo.record.skipped import SkippedUpdates
-from megatron_bupo.record.summary import summarise
 from megatron_bupo.replay import Replay
-from megatron_bupo.rewards.grader import Grader, Grading
+from megatron_bupo.rewards.grader import Grader
 from megatron_bupo.rollout.ahead import RolloutStream
-from megatron_bupo.rollout.embedded import EmbeddedEngine
 from megatron_bupo.rollout.engine import RolloutEngine
-from megatron_bupo.types import Prompt, Sampling
+from megatron_bupo.run import Run, sampling_at
+from megatron_bupo.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TRAINING, HELD_OUT = 0, 1  # streams of sampling noise
-
-
-@dataclass
-class Run:
-    """A training run on this rank, ready for step `first_step`; a context manager."""
-
-    config: Config
-    architecture: DecoderSizes
-    run_dir: Path
-    trainer: MegatronTrainer  # of the present phase, see `have_actor_for`
-    engine: RolloutEngine
-    grader: Grading
-    rollouts: RolloutStream
-    held_out: Sequence[Prompt]
-    schedule: PhaseSchedule
-    journal: Journal
-    skipped: SkippedUpdates
-    mismatch: Mismatch
-    pad_id: int
-    first_step: int
-    trained_layers: int  # by the steps before the first
-    world: int
-    closing: ExitStack
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.closing.__exit__(*error)  # type: ignore[arg-type]
-
-    def evaluate(self, key: str) -> None:
-        """Note the accuracy on held-out prompts under `key`; the same noise each time, to
-        compare.
-        """
-        evaluation = self.config.evaluation
-        if not evaluation.every:
-            return
-        sampling = Sampling(
-            responses_per_prompt=evaluation.responses_per_prompt,
-            max_response_tokens=self.config.rollout.max_response_tokens,
-            temperature=evaluation.temperature,
-            seed=_noise_seed(self.config.seed, HELD_OUT),
-        )
-        with self.journal.doing("evaluate"):
-            self.journal.note({key: accuracy(self.engine, self.grader, self.held_out, sampling)})
-
-    def warn(self, warnings: Sequence[str]) -> None:
-        """Tell of what went wrong without stopping the run."""
-        for warning in warnings:
-            self.journal.say(f"warning: {warning}")
-
-    def have_actor_for(self, policy: Policy, step: int) -> None:
-        """Have the actor that trains `policy` from `step` on, built anew where the present one is
-        another: it then takes over from the checkpoint of `step`. Collective.
-        """
-        if not self._needs_another_actor(policy):
-            return
-        with self.journal.doing("relayout"):
-            path = checkpoints.checkpoint_dir(self.run_dir, step)
-            self.trainer = self._plan(policy).take_over(self.trainer, path)
-
-    def _plan(self, policy: Policy) -> ActorPlan:
-        return plan_actor(policy, self.architecture, self.config, self.world)
-
-    def _needs_another_actor(self, policy: Policy) -> bool:
-        return self._plan(policy).arch.layers != self.trainer.arch.layers
-
-    def save_if_due(self, step: int) -> None:
-        """Write the state before `step`: every so often, at the end, and for another actor to take
-        over. Collective.
-        """
-        due = step % self.config.checkpoint.every == 0 or step == self.config.steps
-        if due or self._needs_another_actor(self.schedule.policy_at(step)):
-            self.save(step)
-
-    def save(self, step: int) -> None:
-        """Write the state before `step`. Collective."""
-        last = self.schedule.policy_at(step - 1)
-        state = {
-            "step": step,
-            "config": flatten(self.config),
-            "architecture": asdict(self.architecture),
-            "trained_layers": max(self.trained_layers, depth_of(last, self.architecture.layers)),
-        }
-        with self.journal.doing("checkpoint"):
-            checkpoint.save(
-                self.trainer, self.run_dir, step, state, keep=self.config.checkpoint.keep
-            )
-
-    def finish(self) -> None:
-        """Leave the final policy as an HF checkpoint, the plot, and a paragraph on what came of
-        it. Collective.
-        """
-        if self.config.checkpoint.export_hf:
-            self.have_actor_for(FULL, max(self.first_step, self.config.steps))
-            with self.journal.doing("export"):
-                self._export()
-        if dist.get_rank() == 0:
-            figure = draw_run(self.run_dir)
-            paragraph = summarise(self.run_dir, self.config, world_size=self.world)
-            metrics = self.run_dir / "metrics.jsonl"
-            self.journal.conclude(f"\n{paragraph}\nmetrics {metrics}, plot {figure}")
-
-    def _export(self) -> None:
-        model_dir, dtype = Path(expand(self.config.model.path)), self.config.model.dtype
-        weights = iter(self.trainer.all_weights())
-        if dist.get_rank() == 0:
-            write_checkpoint(self.run_dir / "hf", weights, like=model_dir, dtype=dtype)
-        for _ in weights:
-            pass  # the other ranks do their part of the gathering
-
-
-def sampling_at(config: Config, step: int) -> Sampling:
-    """How the responses of `step` are drawn."""
-    rollout = config.rollout
-    return Sampling(
-        responses_per_prompt=rollout.responses_per_prompt,
-        max_response_tokens=rollout.max_response_tokens,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        seed=_noise_seed(config.seed, TRAINING, step),
-    )
-
-
-def _noise_seed(*keys: int) -> int:
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
 
 
 def heartbeat(config: Config, run_dir: Path, world: int) -> AbstractContextManager[object]:
@@ -197,13 +61,18 @@ def build(ready: Preflight) -> Run:
         plan = plan_actor(schedule.policy_at(first_step), arch, config, ready.layout.world)
         stack.enter_context(parallel.joined(plan.layout, seed=config.seed))
         tokenizer = load_tokenizer(expand(config.model.tokenizer or config.model.path))
-        trainer = plan.build()
-        engine = replay or rollout_engine(config, tokenizer)
+        engine = replay or rollout_engine(  # early: servers start while the rest loads
+            config,
+            arch,
+            tokenizer,
+            run_dir=run_dir,
+            current_weights=lambda: run.trainer.all_weights(),  # noqa: PLW0108 - of the present one
+        )
         stack.callback(engine.close)
+        trainer = plan.build()
         notes, trained_layers = [], 0
         if path is not None:
             checkpoint.load(trainer, path)
-            engine.load_weights(trainer.all_weights(), version=first_step)
             notes = list(_notes(config, path))
             trained_layers = checkpoints.read_run(path)["trained_layers"]
         journal = stack.enter_context(
@@ -213,10 +82,7 @@ def build(ready: Preflight) -> Run:
             journal.say(note)
         if dist.get_rank() == 0:
             (run_dir / "config.yaml").write_text(to_yaml(config))
-        held_out: list[Prompt] = []
-        if config.data.eval and config.evaluation.every:
-            held_out = load_prompts(config.data.eval, config.data, tokenizer)
-        return Run(
+        run = Run(
             config=config,
             architecture=arch,
             run_dir=run_dir,
@@ -226,7 +92,7 @@ def build(ready: Preflight) -> Run:
             rollouts=_rollouts(
                 config, engine, replay or prompt_stream(config, tokenizer), schedule, first_step
             ),
-            held_out=held_out[: config.evaluation.max_prompts],
+            held_out=_held_out(config, tokenizer),
             schedule=schedule,
             journal=journal,
             skipped=SkippedUpdates(config.optimizer.max_skipped_updates),
@@ -235,8 +101,22 @@ def build(ready: Preflight) -> Run:
             first_step=first_step,
             trained_layers=trained_layers,
             world=ready.layout.world,
-            closing=stack.pop_all(),
+            learned=first_step,
+            closing=ExitStack(),
         )
+        if path is not None:
+            engine.load_weights(trainer.all_weights(), version=first_step)
+        engine.wait_until_up(journal.say)
+        run.closing = stack.pop_all()
+        return run
+
+
+def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The prompts to evaluate on."""
+    if not (config.data.eval and config.evaluation.every):
+        return []
+    prompts = load_prompts(config.data.eval, config.data, tokenizer)
+    return prompts[: config.evaluation.max_prompts]
 
 
 def _rollouts(
@@ -268,17 +148,6 @@ def prompt_stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptS
         prompts_per_step=config.rollout.prompts_per_step,
         seed=config.seed,
         shuffle=config.data.shuffle,
-    )
-
-
-def rollout_engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:
-    """The engine that `rollout.engine` names, with the weights of `model.path`."""
-    return EmbeddedEngine(
-        expand(config.model.path),
-        tokenizer,
-        batch_size=config.rollout.batch_size,
-        dtype=DTYPES[config.model.dtype],
-        device=cpu.device(),
     )
 
 

@@ -15,13 +15,15 @@ from torch import Tensor
 from megatron_bupo.algorithm.advantages import group_relative_advantages
 from megatron_bupo.algorithm.bupo import FULL, Policy
 from megatron_bupo.algorithm.kl import less_kl
-from megatron_bupo.build import Run, build
+from megatron_bupo.build import build
 from megatron_bupo.config.schema import AlgorithmConfig, Config
 from megatron_bupo.data.packing import pack
+from megatron_bupo.errors import RunStopped
 from megatron_bupo.mcore.learning_rate import learning_rate
 from megatron_bupo.preflight import Preflight
 from megatron_bupo.record import measures
 from megatron_bupo.record.rollout_files import Learned
+from megatron_bupo.run import Run
 from megatron_bupo.types import Grade, TokenBatch
 
 
@@ -30,10 +32,14 @@ def train(ready: Preflight) -> None:
     there.
     """
     with build(ready) as run:
-        for step in range(run.first_step, run.config.steps):
-            run.have_actor_for(run.schedule.policy_at(step), step)
-            train_step(run, step)
-            run.save_if_due(step + 1)
+        try:
+            for step in range(run.first_step, run.config.steps):
+                run.have_actor_for(run.schedule.policy_at(step), step)
+                train_step(run, step)
+                run.save_if_due(step + 1)
+        except RunStopped:
+            run.save_learned()
+            raise
         run.finish()
 
 
@@ -59,10 +65,12 @@ def train_step(run: Run, step: int) -> None:
         with journal.doing("update"):
             minibatches = batch.minibatches(config.algorithm.minibatches)
             updates = [trainer.update(minibatch, policy, lr=lr) for minibatch in minibatches]
+        run.learned = step + 1
         journal.dump(groups, grades, Learned(policy, batch, scores or updates[0].scores))
         run.warn(run.skipped.after(step, updates))
         with journal.doing("sync"):
-            run.engine.load_weights(trainer.changed_weights(policy), version=step + 1)
+            sync = run.engine.load_weights(trainer.changed_weights(policy), version=step + 1)
+        journal.note(measures.sync_measures(sync))
         journal.note(run.rollouts.measures() | measures.rollout_measures(groups, grades))
         journal.note(measures.update_measures(updates, lr))
         known = measures.policy_measures(policy, scores or updates[0].scores, batch, full=full)
