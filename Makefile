@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN_DIR ?= runs/demo
 
+# SGLang has an environment of its own: its pins are not the trainer's.
+SGLANG_PYTHON ?= python3.11
+SGLANG_VENV ?= .venv-sglang
+
 BIN := $(VENV)/bin
 VERSION = $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
 PINS = $(wildcard constraints/py$(VERSION).txt)
@@ -11,13 +15,14 @@ PIP = $(BIN)/pip install -qq $(addprefix --constraint ,$(PINS))
 # One thread per process: the processes of a run and of a test share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-fast check install install-dev clean
+.PHONY: help demo test test-fast test-sglang check install install-dev install-sglang clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train a tiny reasoning model with BuPO on this machine: $(RUN_DIR)"
 	@echo "make test       every test"
 	@echo "make test-fast  the tests that take seconds"
+	@echo "make test-sglang  the tests against real SGLang servers, on a CPU (1.9 GB to install)"
 	@echo "make check      format, lint, types and house rules, as CI runs them"
 	@echo "make clean      remove virtual environments and caches (never runs/)"
 	@echo ""
@@ -33,6 +38,10 @@ test: install-dev
 test-fast: install-dev
 	@$(BIN)/python -m pytest -m "not slow"
 
+test-sglang: install-dev install-sglang
+	@MEGATRON_BUPO_SGLANG_PYTHON=$(abspath $(SGLANG_VENV)/bin/python) \
+		$(BIN)/python -m pytest -m real
+
 check: install-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -41,6 +50,7 @@ check: install-dev
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
+install-sglang: $(SGLANG_VENV)/.installed
 
 # torch comes first and alone, so that nothing else decides which build of it is taken.
 $(VENV)/.installed: setup.py $(PINS)
@@ -57,6 +67,15 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(PIP) --editable '.[test,dev]'
 	@touch $@
 
+# The pin says +cpu, so no build for CUDA can be taken for it; PyPI has none of those it means.
+$(SGLANG_VENV)/.installed: constraints/sglang.txt
+	@echo "Installing SGLang into $(SGLANG_VENV) (two minutes, once)"
+	@$(SGLANG_PYTHON) -m venv $(SGLANG_VENV)
+	@$(SGLANG_VENV)/bin/pip install -qq --no-deps --requirement $< || \
+		$(SGLANG_VENV)/bin/pip install -qq --no-deps --requirement $< \
+			--extra-index-url https://download.pytorch.org/whl/cpu
+	@touch $@
+
 clean:
-	rm -rf .venv .venv312 build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv312 .venv-sglang build *.egg-info .pytest_cache .ruff_cache
 	find megatron_bupo tools tests examples -name __pycache__ -prune -exec rm -rf {} +
