@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_bupo import checkpoints
 from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule
 from megatron_bupo.config import Config, expand, flatten, to_yaml
-from megatron_bupo.config.algorithm_rules import doubts
+from megatron_bupo.config.checks import doubts
 from megatron_bupo.data.order import PromptStream
 from megatron_bupo.data.prompts import load_prompts
 from megatron_bupo.data.tokenizer import load_tokenizer

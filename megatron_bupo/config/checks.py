@@ -11,6 +11,7 @@ import difflib
 import math
 from collections.abc import Callable
 
+from megatron_bupo.config import algorithm_rules, rollout_rules, server_rules
 from megatron_bupo.config.debug_rules import check_debug
 from megatron_bupo.config.internal_layout_rules import (
     check_internal_layout,
@@ -25,12 +26,13 @@ from megatron_bupo.config.parallel_rules import (
     check_parallel,
     check_parallel_against_model,
 )
+from megatron_bupo.config.rollout_rules import check_rollout
 from megatron_bupo.config.schema import Config
 from megatron_bupo.config.server_rules import check_servers
 from megatron_bupo.config.timeouts import check_timeouts
 from megatron_bupo.errors import InputError
 
-__all__ = ["Layout", "check", "check_against_model", "parallel_sizes"]
+__all__ = ["Layout", "check", "check_against_model", "doubts", "parallel_sizes"]
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
@@ -87,7 +89,6 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     _choices_are_known(config)
     _numbers_are_in_range(config)
     check_optimizer(config)
-    _groups_can_be_compared(config)
     _schedule_is_one_of_two_kinds(config)
     _stages_go_bottom_up(config)
     check_parallel(config)
@@ -97,11 +98,22 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     refuse_owned_keys(config.megatron)
     layout = parallel_sizes(config, world_size)
     if training:
+        _groups_can_be_compared(config)
+        check_rollout(config)
         check_internal_layout(config, layout.world)
         _minibatches_divide(config)
         _a_microbatch_holds_any_sequence(config)
         check_servers(config, layout.world)
     return layout
+
+
+def doubts(config: Config) -> list[str]:
+    """What holds, but may not do what it seems to: for the person who starts the run."""
+    return [
+        told
+        for rules in (algorithm_rules, rollout_rules, server_rules)
+        for told in rules.doubts(config)
+    ]
 
 
 def check_against_model(config: Config, model: ModelSizes, *, training: bool = True) -> None:
