@@ -20,7 +20,9 @@ from megatron_bupo.launch.local import RankFailed, Terminated
 
 COMMANDS = {  # name -> module with `run(args)`, imported when it is the one that was asked for
     "train": "megatron_bupo.commands.train",
+    "generate": "megatron_bupo.commands.generate",
     "score": "megatron_bupo.commands.score",
+    "rollouts": "megatron_bupo.commands.rollouts",
     "bed": "megatron_bupo.commands.bed",
 }
 
@@ -87,7 +89,9 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"megatron-bupo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_generate(commands)
     _add_score(commands)
+    _add_rollouts(commands)
     _add_bed(commands)
     return parser
 
@@ -110,6 +114,28 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_overrides(parser)
 
 
+def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="responses of any policy to prompts, and how good they are",
+        description="Sample from the full policy or from internal layer policies, as rollout.*, "
+        "data.*, servers.* and sglang.* say. Several policies, or --grade, give a table.",
+        epilog="example: megatron-bupo generate --model DIR --data eval.jsonl --grade "
+        "--policy layer=2 --policy layer=4 --policy full rollout.responses_per_prompt=4",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML, e.g. that of a training run")
+    parser.add_argument("--model", metavar="DIR", help="HF checkpoint directory, as model.path")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; repeatable")
+    parser.add_argument("--data", metavar="FILE", help="prompts from a file or hub data set")
+    _add_policy(parser, action="append", default=None)
+    parser.add_argument(
+        "--grade", action="store_true", help="compare with the answers in --data by reward.function"
+    )
+    parser.add_argument("--out", metavar="FILE", help="JSONL to write; `score` reads it")
+    _add_overrides(parser)
+
+
 def _add_score(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
         "score",
@@ -122,16 +148,34 @@ def _add_score(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     parser.add_argument("--model", metavar="DIR", required=True, help="HF checkpoint directory")
     parser.add_argument("--data", metavar="FILE", required=True, help="JSONL, a row per response")
-    parser.add_argument(
-        "--policy", metavar="full|layer=N", default="full", help="layers count from 1"
-    )
-    parser.add_argument(
-        "--read-out-norm",
-        action="store_true",
-        help="apply the final norm before unembedding an internal layer",
-    )
+    _add_policy(parser, action="store", default="full")
     parser.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
     _add_overrides(parser)
+
+
+def _add_rollouts(commands: argparse._SubParsersAction[Parser]) -> None:
+    rollouts = commands.add_parser(
+        "rollouts", help="read the rollouts that a run has dumped", allow_abbrev=False
+    )
+    parser = rollouts.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(
+        "show",
+        help="show them in the terminal or on a page",
+        description="Show what debug.dump_rollouts or debug.rollout_only has written to a run_dir.",
+        epilog="example: megatron-bupo rollouts show runs/demo --step 0,9 --html rollouts.html",
+        allow_abbrev=False,
+    )
+    parser.add_argument("directory", metavar="DIR", help="a run_dir")
+    parser.add_argument("--step", metavar="N,...|last|all", default="last", help="counted from 0")
+    parser.add_argument("--prompt", metavar="N", type=int, help="its row in the data set")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--worst", metavar="K", type=int, help="those of the K lowest rewards")
+    some.add_argument("--best", metavar="K", type=int, help="those of the K highest rewards")
+    some.add_argument("--html", metavar="FILE", help="write a page, which sorts and filters itself")
+    parser.add_argument("--limit", metavar="K", type=int, default=32, help="at most K of a step")
+    parser.add_argument(
+        "--strategic-grams", metavar="FILE", help="mark planning tokens: a gram per line"
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="default: that of the run")
 
 
 def _add_bed(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -142,6 +186,22 @@ def _add_bed(commands: argparse._SubParsersAction[Parser]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="where it goes")
+
+
+def _add_policy(parser: Parser, *, action: str, default: str | None) -> None:
+    several = "; repeatable" if action == "append" else ""
+    parser.add_argument(
+        "--policy",
+        metavar="full|layer=N",
+        action=action,
+        default=default,
+        help=f"layers count from 1{several}",
+    )
+    parser.add_argument(
+        "--read-out-norm",
+        action="store_true",
+        help="apply the final norm before unembedding an internal layer",
+    )
 
 
 def _add_overrides(parser: Parser) -> None:

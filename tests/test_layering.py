@@ -42,6 +42,7 @@ ON_TOP = {
     "run",
     "train",
     "score",
+    "generate",
     "replay",
     "rollout_only",
     "cli",

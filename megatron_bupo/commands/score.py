@@ -113,6 +113,10 @@ def _response(where: str, line: str, architecture: DecoderSizes) -> GivenRespons
         row = json.loads(line)
     except ValueError as error:
         raise InputError(where, f"is not JSON ({error})", EXAMPLE) from None
+    if isinstance(row, dict) and {"input_ids", "response_ids"} <= row.keys():  # as they are dumped
+        prompt, response = row["input_ids"], row["response_ids"]
+        if isinstance(prompt, list) and isinstance(response, list):
+            row = {"input_ids": prompt + response, "prompt_length": len(prompt)}
     if not (isinstance(row, dict) and {"input_ids", "prompt_length"} <= row.keys()):
         raise InputError(where, "is not an object with input_ids and prompt_length", EXAMPLE)
     ids, length = row["input_ids"], row["prompt_length"]

@@ -33,13 +33,29 @@ def check_rows(data: DataConfig) -> None:
             _answer(row, data)
 
 
-def load_prompts(source: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The prompts of `source` in file order, without those longer than `data.max_prompt_tokens`."""
-    rows = list(read_rows(source))
+def load_prompts(
+    source: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, answers: bool = True
+) -> list[Prompt]:
+    """The prompts of `source` in file order, without those longer than `data.max_prompt_tokens`.
+
+    `answers=False`: rows need none, and prompts have "" for it.
+    """
+    return as_prompts(list(read_rows(source)), source, data, tokenizer, answers=answers)
+
+
+def as_prompts(
+    rows: list[Row],
+    source: str,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    answers: bool,
+) -> list[Prompt]:
+    """The prompts of `rows`, which come from `source`; as `load_prompts`."""
     texts = [_text(row, data, tokenizer) for row in rows]
     encoded = _encode(rows, texts, tokenizer)
     prompts = [
-        Prompt(row.index, tuple(ids), _answer(row, data), text, row.values)
+        Prompt(row.index, tuple(ids), _answer(row, data) if answers else "", text, row.values)
         for row, text, ids in zip(rows, texts, encoded, strict=True)
         if len(ids) <= data.max_prompt_tokens
     ]

@@ -130,13 +130,14 @@ def write_rollouts(
             rollouts = zip(group.rollouts, its_grades, strict=True)
             for response, (rollout, grade) in enumerate(rollouts):
                 place = {"step": step, "policy": policy, "response": response}
-                file.write(_dumps(place | _fields(rollout, grade) | next(tokens)) + "\n")
+                file.write(to_line(place | fields_of(rollout, grade) | next(tokens)) + "\n")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 
 
-def _fields(rollout: Rollout, grade: Grade) -> dict[str, Any]:
+def fields_of(rollout: Rollout, grade: Grade) -> dict[str, Any]:
+    """What is known of a rollout that nothing was learned from."""
     prompt = rollout.prompt
     return {
         "reward": grade.reward,
@@ -166,7 +167,8 @@ def _row(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
 
 
-def _dumps(line: Mapping[str, Any]) -> str:
+def to_line(line: Mapping[str, Any]) -> str:
+    """`line` as JSON."""
     try:
         return json.dumps(line, allow_nan=False)
     except ValueError:  # something is not finite: rare, so looked for only now
