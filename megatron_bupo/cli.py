@@ -168,14 +168,21 @@ def _add_rollouts(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("--step", metavar="N,...|last|all", default="last", help="counted from 0")
     parser.add_argument("--prompt", metavar="N", type=int, help="its row in the data set")
     some = parser.add_mutually_exclusive_group()
-    some.add_argument("--worst", metavar="K", type=int, help="those of the K lowest rewards")
-    some.add_argument("--best", metavar="K", type=int, help="those of the K highest rewards")
+    some.add_argument("--worst", metavar="K", type=_count, help="those of the K lowest rewards")
+    some.add_argument("--best", metavar="K", type=_count, help="those of the K highest rewards")
     some.add_argument("--html", metavar="FILE", help="write a page, which sorts and filters itself")
-    parser.add_argument("--limit", metavar="K", type=int, default=32, help="at most K of a step")
+    parser.add_argument("--limit", metavar="K", type=_count, default=32, help="at most K of a step")
     parser.add_argument(
         "--strategic-grams", metavar="FILE", help="mark planning tokens: a gram per line"
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="default: that of the run")
+
+
+def _count(text: str) -> int:
+    """A number from 1 up."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
+    return int(text)
 
 
 def _add_bed(commands: argparse._SubParsersAction[Parser]) -> None:
