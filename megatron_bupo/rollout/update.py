@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from megatron_bupo.rollout.fleet import Fleet
     from megatron_bupo.rollout.server import Server
 
+PADDED = ("embed_tokens.weight", "lm_head.weight")  # to a round vocabulary
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -137,10 +139,15 @@ async def _on_each(
 async def _verify(fleet: Fleet, plan: Plan, sent: Sequence[Sent]) -> None:
     """Servers whose weights are not what was sent, or not what the others have, are lost.
 
-    The trainer's own checksums speak of tensors that SGLang does not fuse, split or cast, on CPU;
-    on GPU, where it hashes otherwise, servers can only be compared with each other.
+    The trainer's own checksums speak of tensors that SGLang does not fuse, split, pad or cast, on
+    CPU; on GPU, where it hashes otherwise, servers can only be compared with each other.
     """
-    digests = {name: digest for part in sent for name, digest in part.digests.items()}
+    digests = {
+        name: digest
+        for part in sent
+        for name, digest in part.digests.items()
+        if not name.endswith(PADDED)
+    }
     found: dict[Server, dict[str, str]] = {}
 
     async def ask(server: Server) -> None:

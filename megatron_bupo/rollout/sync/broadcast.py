@@ -45,7 +45,8 @@ class BroadcastTransport(Transport):
             torch.cuda.synchronize()  # the gathering ran on this thread's stream
 
         async def share(target: Target, client: ServerClient) -> None:
-            name = f"megatron-bupo-{self.place.stage}-{target.incarnation}"
+            # Unique among all groups of either side
+            name = f"megatron-bupo-{self.place.stage}-{target.index}-{target.incarnation}"
             group = await self._group(target, client, name)
             request = client.post(
                 "/update_weights_from_distributed",
