@@ -1,52 +1,27 @@
 from __future__ import annotations
 
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from megatron_bupo.config import load_config
 from megatron_bupo.rollout.processes import ServerProcess
 from tests.runs import fork
-from tests.sglang.real import sglang_settings
+from tests.sglang.real import answers, config_of, until
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
-def server_of(model: Path, run_dir: Path) -> ServerProcess:
-    needed = [f"model.path={model}", "data.train=train.jsonl", "sglang.skip_tokenizer_init=true"]
-    return ServerProcess(0, load_config(None, [*needed, *sglang_settings()]), run_dir)
-
-
-def answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/model_info", timeout=5) as reply:
-            return reply.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 90) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_of_a_real_server_nothing_is_left(tmp_path: Path, tiny_model_dir: Callable[..., Path]):
-    server = server_of(tiny_model_dir(), tmp_path)
+    server = ServerProcess(0, config_of(tiny_model_dir()), tmp_path)
     server.start()
-    until(lambda: answers(server.address) or server.poll() is not None)
-    assert server.poll() is None, server.last_words()
+    until(lambda: answers(server))
     family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
     assert len(family) >= 3  # itself, a scheduler, a detokenizer
     server.stop()
     assert not any(process.is_running() for process in family)
-    assert not answers(server.address)
 
 
 @pytest.mark.parametrize("children", [1, 3])
@@ -57,7 +32,7 @@ def test_a_real_server_ends_with_a_killed_trainer_while_it_starts(
     model, started = tiny_model_dir(), tmp_path / "started"
 
     def train() -> int:
-        server = server_of(model, tmp_path)
+        server = ServerProcess(0, config_of(model), tmp_path)
         server.start()
         until(lambda: len(psutil.Process(server.pid).children()) >= children)
         family = [server.pid, *(p.pid for p in psutil.Process(server.pid).children())]
