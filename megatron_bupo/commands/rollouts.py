@@ -28,7 +28,7 @@ from megatron_bupo.record.rollout_page import ReadableRollout, rollout_page
 
 Decode = Callable[[Sequence[int]], str]
 
-PIPED_WIDTH = 120  # columns of a table that no terminal limits
+PIPED_WIDTH = 1000  # columns, where no terminal limits them: nothing is cut off
 MORE, LESS = (110, 160, 255), (255, 150, 100)  # behind tokens of advantages above and below 0
 
 

@@ -213,7 +213,9 @@ def _rollout(where: str, text: str) -> RecordedRollout:
         raise InputError(where, f"is no rollout ({error})", _WAY_OUT) from None
 
 
-def _parsed(line: Mapping[str, Any]) -> RecordedRollout:
+def _parsed(line: Any) -> RecordedRollout:
+    if not isinstance(line, dict):
+        raise TypeError("not an object")
     same = ("step", "policy", "response", "text", "finish_reason", "policy_version")
     same += ("server", "attempts", "cached_tokens")
     maybe = ("entropies", "old_logprobs", "policy_entropies", "ref_logprobs", "advantages")
