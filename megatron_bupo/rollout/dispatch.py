@@ -94,7 +94,8 @@ class Batch:
         self._asked[rid] = server
         try:
             timeout_s = self.config.servers.request_timeout_s
-            reply = await server.generate(body, timeout_s=timeout_s)
+            router = self.fleet.router.client if self.fleet.router else None
+            reply = await server.generate(body, timeout_s=timeout_s, router=router)
         except ServerError:
             # It may be slow rather than gone, and should not work on for nobody.
             abort = asyncio.create_task(server.abort([rid]))
@@ -142,7 +143,7 @@ class Batch:
         self.fleet.changed.set()
 
     async def _abort_asked(self) -> None:
-        by_server: dict[Server, list[str]] = {}
-        for rid, server in self._asked.items():
-            by_server.setdefault(server, []).append(rid)
-        await asyncio.gather(*(server.abort(rids) for server, rids in by_server.items()))
+        asked = [*self._asked.items()]
+        for server in self.fleet.up:  # behind a router any of them may have it
+            rids = [rid for rid, whom in asked if self.fleet.router or whom is server]
+            await server.abort(rids)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,9 @@ from megatron_bupo.algorithm.bupo import FULL
 from megatron_bupo.errors import InputError, RunStopped
 from megatron_bupo.rollout.client import Refused, ServerClient, ServerError
 from megatron_bupo.rollout.draft import version_number
+from megatron_bupo.rollout.front import Front
 from megatron_bupo.rollout.processes import ServerProcess
-from megatron_bupo.rollout.server import Server, State
+from megatron_bupo.rollout.server import MEMORY, Server, State
 
 if TYPE_CHECKING:
     from megatron_bupo.algorithm.bupo import Policy
@@ -64,6 +65,7 @@ class Fleet:
                 Server(f"server {i}", ServerClient(process.address, key), process)
                 for i, process in enumerate(processes)
             ]
+        self.router = Front(config, run_dir) if self.settings.router else None
         self._keepers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -85,6 +87,8 @@ class Fleet:
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
+        if self.router is not None:
+            await self.router.close()
         for server in self.servers:
             await server.client.close()
             if server.process is not None:
@@ -105,35 +109,44 @@ class Fleet:
         """Servers that answer with other weights."""
         return [server for server in self.up if server.version != self.version]
 
+    async def on_each(
+        self, servers: Sequence[Server], action: Callable[[Server], Awaitable[None]]
+    ) -> None:
+        """`action` on all `servers` at once; those where it fails are lost."""
+
+        async def tried(server: Server) -> None:
+            try:
+                await action(server)
+            except ServerError as error:
+                self.lose(server, str(error))
+
+        await asyncio.gather(*map(tried, servers))
+
     async def switch_read_outs(self, layers: int) -> None:
         """Have servers with the current weights sample from the policy that is asked for."""
-        for server in self.up:
-            if server.version == self.version and server.read_out != self.read_out:
-                try:
-                    await server.sample_from(self.read_out, layers=layers)
-                except ServerError as error:
-                    self.lose(server, str(error))
+        wrong = [s for s in self.up if s.version == self.version and s.read_out != self.read_out]
+        await self.on_each(wrong, lambda s: s.sample_from(self.read_out, layers=layers))
 
     async def pause(self, mode: str) -> None:
         """Stop sampling on all servers; what is under way stays there, or comes back with what it
         has.
         """
         self.is_open.clear()
-        for server in self.up:
-            try:
-                await server.client.post("/pause_generation", {"mode": mode})
-            except ServerError as error:
-                self.lose(server, str(error))
+        await self.on_each(self.up, lambda s: s.client.post("/pause_generation", {"mode": mode}))
 
     async def resume(self) -> None:
         """Sample again."""
-        for server in self.up:
-            try:
-                await server.resume()
-            except ServerError as error:
-                self.lose(server, str(error))
+        await self.on_each(self.up, lambda s: s.resume())
         self.is_open.set()
         self.changed.set()
+
+    async def sleep(self) -> None:
+        """Have all servers give their GPU memory to the trainer."""
+        await self.on_each(self.up, lambda s: s.sleep())
+
+    async def wake(self, *kinds: str) -> None:
+        """Have them take it back."""
+        await self.on_each(self.up, lambda s: s.wake(kinds or MEMORY))
 
     async def change(self, timeout_s: float = LOOK_S) -> None:
         """Wait until some server is not what it was, or a moment has passed."""
@@ -151,8 +164,10 @@ class Fleet:
             RunStopped: no server is left, and none will come back.
         """
         while needed():
-            if self.is_open.is_set() and self.usable:
-                server = min(self.usable, key=lambda s: s.outstanding_tokens)
+            if self.is_open.is_set() and (usable := self.usable):
+                if self.router is not None:
+                    await self.router.choose_among(usable)
+                server = min(usable, key=lambda s: s.outstanding_tokens)
                 server.outstanding_tokens += tokens
                 return server
             if all(server.state is State.GIVEN_UP for server in self.servers):
@@ -206,7 +221,7 @@ class Fleet:
         if server.process is not None:
             await asyncio.to_thread(server.process.stop)  # what is left of its last life
             await server.client.close()
-            server.process.start()  # not in another thread: its death would be the server's
+            await asyncio.to_thread(server.process.start)
             server.client = ServerClient(server.process.address, self.settings.api_key)
             self.tell(f"{server.name} starts at {server.address}, log {server.process.log}")
         server.suspected.clear()
@@ -255,10 +270,12 @@ class Fleet:
                 return
             due = time.monotonic() > checked + self.settings.health_every_s
             # A server that is paused is not healthy: /health waits for a token that cannot come.
-            if self.is_open.is_set() and (due or server.suspected.is_set()):
+            # Nor is one that sleeps, and it would die of the token.
+            may_look = self.is_open.is_set() and not server.asleep
+            if may_look and (due or server.suspected.is_set()):
                 server.suspected.clear()
                 healthy = await server.client.healthy(timeout_s=HEALTH_TIMEOUT_S)
-                if not self.is_open.is_set():
+                if not self.is_open.is_set() or server.asleep:
                     continue
                 checked, failures = time.monotonic(), 0 if healthy else failures + 1
                 if failures == UNHEALTHY_AFTER:

@@ -101,6 +101,8 @@ class ServerProcess:
             # Servers, and the lives of one, draw different responses to equal prompts
             "random_seed": int(seed[0] >> 1),
             "enable_memory_saver": config.rollout.colocated,
+            # Of what it gave back it needs the layers again that an update does not bring
+            "enable_weights_cpu_backup": config.rollout.colocated,
             **config.sglang,
             "base_gpu_id": self._first_gpu,
         }

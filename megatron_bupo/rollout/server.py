@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from megatron_bupo.rollout.client import ServerFacts
     from megatron_bupo.rollout.processes import ServerProcess
 
+MEMORY = ("weights", "kv_cache")  # kinds that a server can give back, in the order of taking
+
 
 class State(Enum):
     """What is known of a server. Whether one that is up may be used its weights decide."""
@@ -43,6 +45,7 @@ class Server:
     read_out: Policy = FULL  # the policy that it samples from
     incarnation: int = 0
     restarts: int = 0
+    asleep: set[str] = field(default_factory=set)  # kinds of memory that it has given back
     outstanding_tokens: int = 0  # asked for and not answered yet
     why: str = ""  # it was lost
     suspected: asyncio.Event = field(default_factory=asyncio.Event)
@@ -53,9 +56,14 @@ class Server:
         """Where it listens."""
         return self.client.address
 
-    async def generate(self, body: dict[str, Any], *, timeout_s: float) -> Any:
-        """The answer to a `/generate` request; Unreachable as soon as the server is lost."""
-        task = asyncio.create_task(self.client.post("/generate", body, timeout_s=timeout_s))
+    async def generate(
+        self, body: dict[str, Any], *, timeout_s: float, router: ServerClient | None = None
+    ) -> Any:
+        """The answer to a `/generate` request; Unreachable as soon as the server is lost. A
+        `router` may have another server answer.
+        """
+        client = router or self.client
+        task = asyncio.create_task(client.post("/generate", body, timeout_s=timeout_s))
         self.under_way.add(task)
         try:
             return await task
@@ -72,6 +80,7 @@ class Server:
         """It is gone, and what it was asked for must be asked of another."""
         self.state, self.why = state, why
         self.version, self.read_out = NO_VERSION, FULL
+        self.asleep.clear()
         self.incarnation += 1
         for task in self.under_way:
             task.cancel()
@@ -109,6 +118,18 @@ class Server:
             except Refused:
                 await asyncio.sleep(wait_s)
         await self.client.post("/flush_cache", {})
+
+    async def sleep(self) -> None:
+        """Give GPU memory to whoever shares it; nothing may be under way."""
+        if not self.asleep:
+            await self.client.post("/release_memory_occupation", {"tags": [*MEMORY]})
+            self.asleep.update(MEMORY)
+
+    async def wake(self, kinds: Sequence[str]) -> None:
+        """Take memory of these `kinds` back."""
+        if missing := [kind for kind in kinds if kind in self.asleep]:
+            await self.client.post("/resume_memory_occupation", {"tags": missing})
+            self.asleep.difference_update(missing)
 
     async def sample_from(self, policy: Policy, *, layers: int) -> None:
         """Sample from `policy` of a model with `layers` layers, when nothing is under way."""

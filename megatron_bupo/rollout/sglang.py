@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from megatron_bupo import collective
 from megatron_bupo.config import expand
 from megatron_bupo.hf.tensors import read_index
@@ -127,10 +129,12 @@ class SGLangEngine:
                 vocab_size=sizes.vocab_size,
                 max_response_tokens=sampling.max_response_tokens,
             )
+        self.wake()
         return _Pending(self, prompts, sampling)
 
     def load_weights(self, weights: Weights, *, version: int) -> SyncReport:
         """Bring `weights` to all servers, and all weights to those that are behind. Collective."""
+        self._free_gpu_memory()
         plan = self._from_first(lambda: open_update(self.fleet, version))
         self.version = version
         return self._send(plan, weights)
@@ -157,6 +161,22 @@ class SGLangEngine:
             recovered=len(plan.whole),
             behind=max(len(plan.changed) + len(plan.whole) - have, 0),
         )
+
+    def rest(self) -> None:
+        """Have servers that share GPUs with the trainer give their memory to it. Collective."""
+        if self.config.rollout.colocated:
+            self._from_first(lambda: self.fleet.sleep())  # noqa: PLW0108 - one rank has it
+
+    def wake(self) -> None:
+        """Have them take it back. Collective."""
+        if self.config.rollout.colocated:
+            self._free_gpu_memory()
+            self._from_first(lambda: self.fleet.wake())  # noqa: PLW0108 - one rank has it
+
+    def _free_gpu_memory(self) -> None:
+        if self.config.rollout.colocated and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            collective.gather([None])  # all ranks have
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -218,6 +238,7 @@ class _Pending:
         while True:
             outcome = self.engine._from_first(self._next)
             if not isinstance(outcome, Plan):
+                self.engine.rest()
                 return outcome
             self.engine.catch_up(outcome)
 

@@ -6,14 +6,12 @@ that fails anywhere is lost to the fleet: half an update is no weights at all.
 
 from __future__ import annotations
 
-import asyncio
 import shutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_bupo.rollout.client import ServerError
 from megatron_bupo.rollout.sync.disk import version_dir
 from megatron_bupo.rollout.sync.transport import Sent, Target
 
@@ -46,6 +44,7 @@ async def open_update(fleet: Fleet, version: int) -> Plan:
     paused = any(server.outstanding_tokens for server in fleet.up)
     fleet.is_open.clear()
     usable = fleet.usable
+    await fleet.wake("weights")
     await _prepare(fleet, fleet.up, pause=sync.pause if paused else None)
     return Plan(
         version=version,
@@ -85,14 +84,15 @@ async def close_update(fleet: Fleet, plan: Plan, sent: Sequence[Sent], folder: P
         in_session = sync.mode != "disk"
         await server.end_update(plan.version, keeps_cache=keeps_cache, in_session=in_session)
 
-    await _on_each(fleet, [s for s in servers if s.address not in errors], finish)
+    await fleet.on_each([s for s in servers if s.address not in errors], finish)
     if sync.mode == "disk":
         shutil.rmtree(version_dir(folder, plan.version), ignore_errors=True)
     fleet.version = plan.version
     if plan.digest:
         await _verify(fleet, plan, sent)
+    await fleet.wake()
     if plan.paused:
-        await _on_each(fleet, [s for s in fleet.up if plan.names(s)], lambda s: s.resume())
+        await fleet.on_each([s for s in fleet.up if plan.names(s)], lambda s: s.resume())
     fleet.is_open.set()
     fleet.changed.set()
     return len(fleet.usable)
@@ -119,21 +119,7 @@ async def _prepare(fleet: Fleet, servers: Sequence[Server], *, pause: str | None
         mode = pause if pause is None or spans else "abort"
         await server.begin_update(pause=mode, in_session=in_session)
 
-    await _on_each(fleet, servers, begin)
-
-
-async def _on_each(
-    fleet: Fleet, servers: Sequence[Server], action: Callable[[Server], Awaitable[None]]
-) -> None:
-    """`action` on all at once; those where it fails are lost."""
-
-    async def tried(server: Server) -> None:
-        try:
-            await action(server)
-        except ServerError as error:
-            fleet.lose(server, str(error))
-
-    await asyncio.gather(*map(tried, servers))
+    await fleet.on_each(servers, begin)
 
 
 async def _verify(fleet: Fleet, plan: Plan, sent: Sequence[Sent]) -> None:
@@ -153,7 +139,7 @@ async def _verify(fleet: Fleet, plan: Plan, sent: Sequence[Sent]) -> None:
     async def ask(server: Server) -> None:
         found[server] = await server.checksums()
 
-    await _on_each(fleet, fleet.usable, ask)
+    await fleet.on_each(fleet.usable, ask)
     recovered = {(t.address, t.incarnation) for t in plan.whole}
     trusted = sorted(found, key=lambda s: (s.address, s.incarnation) in recovered)
     for server, sums in found.items():

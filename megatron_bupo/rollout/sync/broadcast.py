@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import uuid
 from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -29,6 +30,11 @@ class BroadcastTransport(Transport):
     """`/update_weights_from_distributed`; groups are made when first needed and kept."""
 
     @cached_property
+    def _unique(self) -> str:
+        """Neither side takes a name again, and a server may have known other trainers."""
+        return uuid.uuid4().hex
+
+    @cached_property
     def _groups(self) -> dict[tuple[str, str], dist.ProcessGroup]:
         """Address and name -> group."""
         return {}
@@ -45,8 +51,8 @@ class BroadcastTransport(Transport):
             torch.cuda.synchronize()  # the gathering ran on this thread's stream
 
         async def share(target: Target, client: ServerClient) -> None:
-            # Unique among all groups of either side
-            name = f"megatron-bupo-{self.place.stage}-{target.index}-{target.incarnation}"
+            life = f"{target.index}-{target.incarnation}"
+            name = f"megatron-bupo-{self._unique}-{self.place.stage}-{life}"
             group = await self._group(target, client, name)
             request = client.post(
                 "/update_weights_from_distributed",
@@ -91,6 +97,8 @@ async def _both(request: Awaitable[object], ours: Awaitable[T]) -> T:
     """
     asked, doing = asyncio.ensure_future(request), asyncio.ensure_future(ours)
     await asyncio.wait({asked, doing}, return_when=asyncio.FIRST_EXCEPTION)
+    for task in (asked, doing):  # the second error says nothing new
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
     for task in (asked, doing):
         if task.done():
             task.result()
