@@ -59,7 +59,7 @@ def train_step(run: Run, step: int) -> None:
         with journal.doing("grade"):
             grades = run.grader.grade(groups)
         batch, scores = with_logprobs(pack(groups, run.pad_id), policy, run)
-        full = full_logprobs(batch, run) if must_compare(step, policy, config) else None
+        full = full_scores(batch, run) if must_compare(step, policy, config) else None
         batch = batch.with_advantages(advantages(grades, batch, config.algorithm))
         lr = learning_rate(step, config, phase_start=run.schedule.phase_start(step))
         with journal.doing("update"):
@@ -71,11 +71,11 @@ def train_step(run: Run, step: int) -> None:
         with journal.doing("sync"):
             sync = run.engine.load_weights(trainer.changed_weights(policy), version=step + 1)
         journal.note(measures.sync_measures(sync))
-        journal.note(run.rollouts.measures() | measures.rollout_measures(groups, grades))
-        journal.note(measures.update_measures(updates, lr))
         known = measures.policy_measures(policy, scores or updates[0].scores, batch, full=full)
         journal.note(known)
         run.warn(run.mismatch.after(step, known))
+        journal.note(run.rollouts.measures() | measures.rollout_measures(groups, grades))
+        journal.note(measures.update_measures(updates, lr))
         run.warn(measures.warnings_of(grades))
         if config.evaluation.every and (step + 1) % config.evaluation.every == 0:
             run.evaluate("eval/accuracy_mean")
@@ -92,11 +92,10 @@ def must_compare(step: int, policy: Policy, config: Config) -> bool:
     return step == 0 or bool(every and step % every == 0)
 
 
-def full_logprobs(batch: TokenBatch, run: Run) -> Tensor:
-    """What the trainer says of the full policy, `[responses, tokens]` nats."""
-    temperature = run.config.rollout.temperature
+def full_scores(batch: TokenBatch, run: Run) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the full policy by the trainer, `[responses, tokens]` nats."""
     with run.journal.doing("compare"):
-        return run.trainer.logprobs(batch, FULL, temperature=temperature, with_entropy=False)[0]
+        return run.trainer.logprobs(batch, FULL, temperature=run.config.rollout.temperature)
 
 
 def with_logprobs(

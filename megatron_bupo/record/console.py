@@ -157,8 +157,13 @@ def log_line(record: Mapping[str, Any], steps: int) -> str:
             ("rollout/reward_mean", "reward {:.3f}"),
             ("rollout/response_tokens_mean", "response {:.0f} tok"),
             ("rollout/truncated_fraction", "truncated {:.0%}"),
+            ("rollout/cut_fraction", "cut {:.0%}"),
             ("rollout/reward_warnings", "{:.0f} grader warnings"),
-            hide_zero=("rollout/truncated_fraction", "rollout/reward_warnings"),
+            hide_zero=(
+                "rollout/truncated_fraction",
+                "rollout/cut_fraction",
+                "rollout/reward_warnings",
+            ),
         ),
         _joined(
             record,

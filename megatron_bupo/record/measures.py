@@ -24,7 +24,7 @@ def rollout_measures(
     """Rewards, lengths and the full policy's entropy, which sampled every response in every phase.
 
     `entropy/full_nats` is the mean over response tokens of the entropy of the distribution that
-    each was drawn from (at the sampling temperature).
+    each was drawn from (at the sampling temperature), where the engine tells it.
     """
     rewards = [[grade.reward for grade in group] for group in grades]
     entropies = [h for rollout in _rollouts(groups) for h in rollout.entropies or ()]
@@ -34,6 +34,7 @@ def rollout_measures(
         "rollout/groups_with_signal_fraction": fmean(float(min(g) < max(g)) for g in rewards),
         "rollout/response_tokens_mean": fmean(len(r.response_ids) for r in _rollouts(groups)),
         "rollout/truncated_fraction": fmean(r.finish_reason == "length" for r in _rollouts(groups)),
+        "rollout/cut_fraction": fmean(r.finish_reason == "abort" for r in _rollouts(groups)),
         "rollout/reward_warnings": sum(g.warning is not None for group in grades for g in group),
     }
 
@@ -48,27 +49,25 @@ def policy_measures(
     scores: tuple[Tensor, Tensor] | None,
     batch: TokenBatch,
     *,
-    full: Tensor | None = None,
+    full: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, float]:
     """What is worth knowing of the policy that learns, from its log-probs and entropies before the
-    step's first update, and of the full one if that is another: `full`, its log-probs. All
-    `[responses, tokens]`.
+    step's first update, and of the full one if that is another, from `full`, the same of it. All
+    `[responses, tokens]` nats.
     """
     assert scores is not None, "a pass before the updates gives them, or else the only update"
-    logprobs, entropies = scores
-    if policy == FULL:
-        return mismatch_measures(logprobs, batch)
-    compared = {} if full is None else mismatch_measures(full, batch)
-    return internal_measures(entropies, batch) | compared
-
-
-def internal_measures(entropies: Tensor, batch: TokenBatch) -> dict[str, float]:
-    """The entropy of the internal layer policy at the response tokens; `entropies [responses,
-    tokens]` nats.
-    """
     if not batch.response_tokens:
         return {}
-    return {"entropy/internal_nats": float(entropies[batch.response_mask].double().mean())}
+    if policy == FULL:
+        full = scores
+    known = {} if policy == FULL else {"entropy/internal_nats": _mean(scores[1], batch)}
+    if full is not None:
+        known |= {"entropy/full_nats": _mean(full[1], batch), **mismatch_measures(full[0], batch)}
+    return known
+
+
+def _mean(values: Tensor, batch: TokenBatch) -> float:
+    return float(values[batch.response_mask].double().mean())
 
 
 def mismatch_measures(logprobs: Tensor, batch: TokenBatch) -> dict[str, float]:
@@ -78,8 +77,6 @@ def mismatch_measures(logprobs: Tensor, batch: TokenBatch) -> dict[str, float]:
     Float noise where both have the same weights in fp32; a response of older weights is compared as
     it is.
     """
-    if not batch.response_tokens:
-        return {}
     trainer, sampler = (x[batch.response_mask].double() for x in (logprobs, batch.rollout_logprobs))
     gap = (trainer - sampler).abs()
     return {

@@ -48,8 +48,9 @@ def test_a_run_with_a_reference_tells_how_far_it_is():
 
 
 def test_what_goes_wrong_is_on_the_line_and_what_is_missing_is_not():
-    record = RUN[0] | {"rollout/reward_warnings": 3.0, "rollout/truncated_fraction": 0.25}
-    assert "truncated 25%  3 grader warnings" in log_line(record, 300)
+    wrong = {"truncated_fraction": 0.25, "cut_fraction": 0.5, "reward_warnings": 3.0}
+    record = RUN[0] | {f"rollout/{name}": value for name, value in wrong.items()}
+    assert "truncated 25%  cut 50%  3 grader warnings" in log_line(record, 300)
     assert log_line({"step": 0, "policy": "full"}, 1) == "step 1/1  full"
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy
 from megatron_bupo.config.schema import Config, ModelConfig, RolloutConfig
-from megatron_bupo.record.measures import internal_measures, mismatch_measures
+from megatron_bupo.record.measures import mismatch_measures, policy_measures
 from megatron_bupo.record.mismatch import Mismatch
 from megatron_bupo.types import TokenBatch
 
@@ -43,9 +44,23 @@ def test_k3_is_on_average_the_kl_from_sampler_to_trainer():
     assert gaps[KEYS[2]] == pytest.approx(kl, abs=1e-6)
 
 
+def test_a_step_tells_of_the_policy_that_learns_and_of_the_full_one_where_it_was_looked_at():
+    trainer, batch = scored([-1.0, -0.25], [-1.0, -0.5])
+    scores, full = (trainer - 1, 3 * torch.ones(trainer.shape)), (trainer, -trainer)
+    internal = policy_measures(InternalLayerPolicy(2), scores, batch)
+    assert internal == {"entropy/internal_nats": 3.0}
+    both = policy_measures(InternalLayerPolicy(2), scores, batch, full=full)
+    assert both == internal | policy_measures(FULL, full, batch)
+    assert policy_measures(FULL, full, batch) == {
+        "entropy/full_nats": 0.625,
+        **mismatch_measures(trainer, batch),
+    }
+
+
 def test_without_a_response_token_nothing_is_measured():
     logprobs, batch = scored([], [])
-    assert mismatch_measures(logprobs, batch) == internal_measures(logprobs, batch) == {}
+    for policy in (FULL, InternalLayerPolicy(2)):
+        assert policy_measures(policy, (logprobs, logprobs), batch) == {}
 
 
 def gap(mean: float, k3: float) -> dict[str, float]:
