@@ -243,11 +243,14 @@ def _layers_are_internal(config: Config, layers: int) -> None:
 
 def _sequences_fit(config: Config, model: ModelSizes) -> None:
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
-    if prompt + response > model.max_positions:
+    room, whose = model.max_positions, f"the model's {model.max_positions} positions"
+    if config.rollout.engine == "sglang":  # see rollout/client.py
+        room, whose = room - 2, f"{whose}, of which SGLang keeps 2 free"
+    if prompt + response > room:
         raise InputError(
             f"data.max_prompt_tokens={prompt}, rollout.max_response_tokens={response}",
-            f"together exceed the model's {model.max_positions} positions",
-            f"choose rollout.max_response_tokens={model.max_positions - prompt}"
-            if prompt < model.max_positions
-            else f"choose data.max_prompt_tokens < {model.max_positions}",
+            f"together exceed {whose}",
+            f"choose rollout.max_response_tokens={room - prompt}"
+            if prompt < room
+            else f"choose data.max_prompt_tokens < {room}",
         )

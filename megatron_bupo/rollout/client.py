@@ -43,8 +43,16 @@ class ServerFacts:
     version: str
     tp_size: int
     device: str
-    context_tokens: int | None  # prompt and response; None: the model's
+    context_tokens: int | None  # None: the model's
+    cache_tokens: int | None  # of all that is under way
     deterministic: bool
+
+    def most_tokens(self, model_context: int) -> int:
+        """Of a prompt with its response. A longer response ends early, as if it had been asked to.
+
+        Two less than fit: SGLang keeps one free in its cache and one in the context.
+        """
+        return min(self.context_tokens or model_context, self.cache_tokens or model_context) - 2
 
     @property
     def has_sessions(self) -> bool:
@@ -122,6 +130,7 @@ class ServerClient:
             tp_size=int(info.get("tp_size") or 1),
             device=str(info.get("device", "cuda")),
             context_tokens=info.get("context_length"),
+            cache_tokens=info.get("max_total_num_tokens"),
             deterministic=bool(info.get("enable_deterministic_inference", False)),
         )
 

@@ -112,8 +112,11 @@ class Draft:
         self.logprobs += logprobs
         self.cached_tokens = self.cached_tokens or int(meta.get("cached_tokens") or 0)
         self.finish_reason = reason
-        if len(self.ids) == self.sampling.max_response_tokens and reason == "abort":
-            self.finish_reason = "length"
+        if reason == "abort" and self.ids:  # and perhaps with what would have been its last token
+            if self.ids[-1] in self.stop_ids:
+                self.finish_reason = "stop"
+            elif len(self.ids) == self.sampling.max_response_tokens:
+                self.finish_reason = "length"
 
     def rollout(self, text: str, *, version: int) -> Rollout:
         """The response as it is; `version` is the one it was asked of."""

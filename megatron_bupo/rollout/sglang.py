@@ -87,6 +87,7 @@ class SGLangEngine:
             api_key=config.servers.api_key,
             directory=self.directory,
         )
+        self.context = model.sizes.max_positions  # the servers', once they are up
         self.version = 0
         if collective.is_first():
             self.loop = BackgroundLoop("sglang")
@@ -96,20 +97,21 @@ class SGLangEngine:
     def wait_until_up(self, say: Callable[[str], None]) -> None:
         """Return when a server can be asked; `say` hears of them from now on. Collective."""
 
-        async def up() -> Capabilities:
+        async def up() -> tuple[Capabilities, int]:
             self.fleet.say = say
             await asyncio.wrap_future(self._starting)
             facts = [s.facts for s in self.fleet.up if s.facts is not None]
             versions = sorted({f.version for f in facts})
+            context = min(f.most_tokens(self.model.sizes.max_positions) for f in facts)
             return Capabilities(
                 name=f"sglang {', '.join(versions)}",
                 ahead=True,
                 entropies=False,
                 internal_policies=True,
                 reproducible=all(f.deterministic for f in facts),
-            )
+            ), context
 
-        self._capabilities = self._from_first(up)
+        self._capabilities, self.context = self._from_first(up)
 
     def capabilities(self) -> Capabilities:
         """What the servers that came up first can do."""
@@ -121,12 +123,11 @@ class SGLangEngine:
 
     def begin(self, prompts: Sequence[Prompt], sampling: Sampling) -> _Pending:
         """Ask for responses; servers answer while the caller does something else."""
-        sizes = self.model.sizes
         for prompt in prompts:
             check_prompt(
                 prompt,
-                context=sizes.max_positions,
-                vocab_size=sizes.vocab_size,
+                context=self.context,
+                vocab_size=self.model.sizes.vocab_size,
                 max_response_tokens=sampling.max_response_tokens,
             )
         self.wake()
