@@ -180,22 +180,24 @@ def table(rollouts: Sequence[RecordedRollout]) -> Table:
     """A row for each; columns that say nothing are left out."""
     columns: list[tuple[str, Callable[[RecordedRollout], str]]] = [
         ("prompt", lambda r: str(r.prompt.index)),
-        ("response", lambda r: str(r.response)),
+        ("no.", lambda r: str(r.response)),
         ("reward", lambda r: f"{r.grade.reward:.4g}"),
         ("advantage", lambda r: f"{fmean(r.advantages):+.3f}" if r.advantages else ""),
         ("tokens", lambda r: str(len(r.response_ids))),
-        ("ended by", lambda r: r.finish_reason),
+        ("finish", lambda r: r.finish_reason),
         ("versions", lambda r: " ".join(str(v.version) for v in r.versions)),
-        ("server", lambda r: r.server or ""),
-        ("attempts", lambda r: str(r.attempts) if r.attempts > 1 else ""),
-        ("cached", lambda r: str(r.cached_tokens or "")),
+        ("server", lambda r: (r.server or "").rpartition("/")[2]),
+        ("tries", lambda r: str(r.attempts) if r.attempts > 1 else ""),
         ("warning", lambda r: r.grade.warning or ""),
     ]
     shown = Table(box=None, pad_edge=False, header_style="dim")
     kept = [(name, of) for name, of in columns if any(of(r) for r in rollouts)]
     for name, _ in kept:
-        words = name in {"ended by", "server", "warning"}
-        shown.add_column(name, justify="left" if words else "right")
+        words = name in {"finish", "server", "warning"}
+        narrows = name in {"server", "warning"}
+        shown.add_column(
+            name, justify="left" if words else "right", no_wrap=not narrows, overflow="fold"
+        )
     for rollout in rollouts:
         shown.add_row(*(Text(of(rollout)) for _, of in kept))
     return shown
