@@ -18,6 +18,9 @@ from megatron_bupo.errors import InputError
 OLDEST = (0, 5, 4)  # pauses and weight versions came shortly before
 SESSIONS_SINCE = SPANS_SINCE = (0, 5, 23)
 CONTROL_TIMEOUT_S = 120.0  # for calls that neither generate nor carry weights
+# Of a connection that is used again. The server closes it after 5 s, and a request sent at that
+# moment looks like a server that is lost.
+IDLE_S = 2.0
 
 
 class ServerError(Exception):
@@ -93,7 +96,8 @@ class ServerClient:
         self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float
     ) -> Any:
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0)  # a batch is in flight all at once
+            # A batch is in flight all at once.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S)
             self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
         try:
             async with self._session.request(
