@@ -200,7 +200,10 @@ class Fleet:
                 await self._bring_up(server)
                 failures = 0
                 await self._watch(server)
-            except (ServerError, InputError, OSError) as error:
+            except InputError as error:  # the same the next time
+                self.lose(server, str(error), State.GIVEN_UP)
+                return
+            except (ServerError, OSError) as error:
                 self.lose(server, str(error))
             failures += 1
             server.restarts += server.process is not None
@@ -225,8 +228,16 @@ class Fleet:
             server.client = ServerClient(server.process.address, self.settings.api_key)
             self.tell(f"{server.name} starts at {server.address}, log {server.process.log}")
         server.suspected.clear()
-        await self._until_ready(server, began)
-        server.facts = await server.client.facts()
+        try:
+            if server.process is None:  # an update that broke off may have left it paused
+                await server.resume()
+            await self._until_ready(server, began)
+            server.facts = await server.client.facts()
+        except Refused as error:
+            if error.status in (401, 403):
+                where, way_out = "servers.api_key", "set it to the one that the server was given"
+                raise InputError(where, f"{server.name} says {error}", way_out) from None
+            raise
         if server.process is not None:  # another's may say so of other weights
             server.version = version_number(await server.client.weight_version())
         server.state = State.UP
@@ -239,12 +250,9 @@ class Fleet:
             try:
                 await server.client.get("/health", timeout_s=HEALTH_TIMEOUT_S)
                 return
-            except Refused as error:
-                if error.status in (401, 403):
-                    raise InputError("servers.api_key", f"{server.name} says {error}") from None
             except ServerError as error:
-                if server.process is None:
-                    raise error from None
+                if server.process is None and not isinstance(error, Refused):
+                    raise
             if server.process is not None and (code := server.process.poll()) is not None:
                 words = server.process.last_words()
                 raise ServerError(f"ended with code {code}; {server.process.log} ends: {words}")

@@ -90,7 +90,12 @@ class Server:
         if pause is not None:
             await self.client.post("/pause_generation", {"mode": pause})
         if in_session and self.facts is not None and self.facts.has_sessions:
-            await self.client.post("/begin_weight_update", {"selector": "target"})
+            body = {"selector": "target"}
+            try:
+                await self.client.post("/begin_weight_update", body)
+            except Refused:  # an update that broke off has left its session open
+                await self.client.post("/end_weight_update", {})
+                await self.client.post("/begin_weight_update", body)
 
     async def end_update(self, version: int, *, keeps_cache: bool, in_session: bool) -> None:
         """Close the session, forget what old weights computed, and carry `version` from now on.
