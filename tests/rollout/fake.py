@@ -30,7 +30,7 @@ class Fake:
     """A running server."""
 
     url: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None  # None: not ours
     log: Path
     api_key: str | None = None
 
@@ -55,6 +55,7 @@ class Fake:
 
     def kill(self) -> None:
         """Have it gone, without a goodbye."""
+        assert self.process is not None
         self.process.kill()
         self.process.wait()
 
@@ -82,7 +83,7 @@ def fake_server(model: Path, log: Path, *options: str, **faults: Any) -> Iterato
     key = options[options.index("--api-key") + 1] if "--api-key" in options else None
     server = Fake(f"http://127.0.0.1:{port}", process, log, key)
     try:
-        _wait_until_ready(server)
+        _wait_until_ready(server, process)
         yield server
     finally:
         server.kill()
@@ -99,9 +100,11 @@ def _die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _wait_until_ready(server: Fake, timeout_s: float = 60) -> None:
+def _wait_until_ready(
+    server: Fake, process: subprocess.Popen[bytes], timeout_s: float = 60
+) -> None:
     deadline = time.monotonic() + timeout_s
-    while server.process.poll() is None and time.monotonic() < deadline:
+    while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             if server.ask("/ready")[0] == 200:
                 return

@@ -68,7 +68,7 @@ def sent(*tensors: tuple[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def is_gone(server: Fake) -> bool:
-    return server.process.wait(timeout=10) != 0
+    return server.process is not None and server.process.wait(timeout=10) != 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

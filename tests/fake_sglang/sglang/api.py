@@ -159,7 +159,7 @@ class Api:
         if not FAULTS.old:
             meta["weight_versions"] = spans(request.versions, version, len(output))
             meta["weight_version"] = meta["weight_versions"][-1]["version"]
-        if FAULTS.stale_version:
+        if FAULTS.due("stale_answers"):
             meta |= {"weight_version": FAULTS.stale_version}
             whole = {"version": FAULTS.stale_version, "start": 0, "end": len(output)}
             meta |= {"weight_versions": [whole]} if not FAULTS.old else {}

@@ -23,7 +23,8 @@ class Faults:
     hang_generates: int = 0  # accepted and never answered
     refuse_updates: int = 0  # 400 to weights, however they come
     forget_updates: int = 0  # 200 to weights, and nothing changes
-    stale_version: str = ""  # responses claim to be of this version
+    stale_answers: int = 0  # responses that claim to be of `stale_version`
+    stale_version: str = "0"
     health_timeout_s: float = 20.0
 
     def change(self, values: dict[str, Any]) -> None:

@@ -33,10 +33,11 @@ NOT_FLUSHED = (
 ALLOWED = {
     "_codecs": {"encode"},
     "collections": {"OrderedDict"},
-    "torch": {"Size", "device", "dtype", "float16", "bfloat16", "float32"}
+    "torch": {"Tensor", "Size", "device", "dtype", "float16", "bfloat16", "float32"}
     | {"HalfStorage", "BFloat16Storage", "FloatStorage", "UntypedStorage"},
     "torch._utils": {"_rebuild_tensor_v2"},
-    "torch.multiprocessing.reductions": {"rebuild_tensor", "rebuild_storage_filename"},
+    "torch.multiprocessing.reductions": {"rebuild_tensor", "rebuild_typed_storage"}
+    | {"rebuild_storage_filename"},
     "torch.serialization": {"_get_layout"},
     "torch.storage": {"UntypedStorage", "TypedStorage", "_load_from_bytes"},
 }
