@@ -22,6 +22,7 @@ from megatron_bupo.errors import InputError, RunStopped
 from megatron_bupo.rollout.client import Refused, ServerClient, ServerError
 from megatron_bupo.rollout.draft import version_number
 from megatron_bupo.rollout.front import Front
+from megatron_bupo.rollout.internal_policies import is_switchable
 from megatron_bupo.rollout.processes import ServerProcess
 from megatron_bupo.rollout.server import MEMORY, Server, State
 
@@ -240,6 +241,8 @@ class Fleet:
             raise
         if server.process is not None:  # another's may say so of other weights
             server.version = version_number(await server.client.weight_version())
+        elif await is_switchable(server.client):  # and may sample from what it was last asked to
+            server.read_out = None
         server.state = State.UP
         seconds = time.monotonic() - began
         self.tell(f"{server.name} is up after {seconds:.0f} s: SGLang {server.facts.version}")

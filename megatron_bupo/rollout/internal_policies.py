@@ -2,7 +2,8 @@
 
 They are started with a model package of ours (`server_side/`), and then told which layer to read
 by two scalars among the weights. A server without the package takes the scalars for weights that it
-does not know and goes on with the full policy, which is why a switch is read back.
+does not know, and dies or goes on with the full policy; so servers are asked what they sample from,
+before a switch and after it.
 
 The key-value cache must be dropped with a switch: layers that did not run left nothing in it.
 """
@@ -64,15 +65,31 @@ def switch_tensors(policy: Policy, layers: int) -> list[tuple[str, Tensor]]:
     ]
 
 
-async def confirm_switch(client: ServerClient, policy: Policy, layers: int) -> None:
-    """Ask a server whether it samples from `policy`; an InputError if it does not."""
-    where = f"the server at {client.address}"
+async def is_switchable(client: ServerClient) -> bool:
+    """Does a server run our models, and so perhaps what somebody else switched it to?"""
+    return await _in_force(client, "internal_policy.layer") is not None
+
+
+async def samples_from(client: ServerClient, policy: Policy, layers: int) -> bool:
+    """Does a server sample from `policy`? An InputError if it never can."""
     for name, tensor in switch_tensors(policy, layers):
-        try:
-            in_force = await client.post("/get_weights_by_name", {"name": name})
-        except Refused:
+        in_force = await _in_force(client, name)
+        if in_force is None and isinstance(policy, InternalLayerPolicy):
             names = " ".join(f"{key}={value}" for key, value in server_env().items())
-            way_out = f"start it with {names} and --disable-cuda-graph"
-            raise InputError(where, "cannot sample from internal policies", way_out) from None
-        if in_force != [tensor.item()]:
-            raise InputError(where, f"does not sample from the policy {policy}", "see its log")
+            raise InputError(
+                f"the server at {client.address}",
+                "cannot sample from internal policies",
+                f"start it with {names} and --disable-cuda-graph",
+            )
+        if in_force not in (None, tensor.item()):
+            return False
+    return True
+
+
+async def _in_force(client: ServerClient, name: str) -> float | None:
+    """What a server makes of a scalar; None: it runs SGLang's own model, the full policy's."""
+    try:
+        [value] = await client.post("/get_weights_by_name", {"name": name})
+    except Refused:
+        return None
+    return value

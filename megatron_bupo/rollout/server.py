@@ -8,9 +8,10 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from megatron_bupo.algorithm.bupo import FULL
+from megatron_bupo.errors import InputError
 from megatron_bupo.rollout.client import Refused, ServerClient, ServerError, Unreachable
 from megatron_bupo.rollout.draft import NO_VERSION, version_number
-from megatron_bupo.rollout.internal_policies import confirm_switch, switch_tensors
+from megatron_bupo.rollout.internal_policies import samples_from, switch_tensors
 from megatron_bupo.rollout.sync.http import pickled
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Server:
     facts: ServerFacts | None = None
     state: State = State.STARTING
     version: int = NO_VERSION  # policy version of its weights, as last confirmed
-    read_out: Policy = FULL  # the policy that it samples from
+    read_out: Policy | None = FULL  # the policy that it samples from; None: not known
     incarnation: int = 0
     restarts: int = 0
     asleep: set[str] = field(default_factory=set)  # kinds of memory that it has given back
@@ -138,15 +139,18 @@ class Server:
 
     async def sample_from(self, policy: Policy, *, layers: int) -> None:
         """Sample from `policy` of a model with `layers` layers, when nothing is under way."""
-        text = pickled(switch_tensors(policy, layers))
-        assert self.facts is not None
-        body = {"serialized_named_tensors": [text] * self.facts.tp_size, "flush_cache": False}
-        await self.begin_update(pause=None, in_session=True)
-        await self.client.post("/update_weights_from_tensor", body)
-        if self.facts.has_sessions:
-            await self.client.post("/end_weight_update", {})
-        await self._flush_cache()
-        await confirm_switch(self.client, policy, layers)
+        if not await samples_from(self.client, policy, layers):
+            text = pickled(switch_tensors(policy, layers))
+            assert self.facts is not None
+            body = {"serialized_named_tensors": [text] * self.facts.tp_size, "flush_cache": False}
+            await self.begin_update(pause=None, in_session=True)
+            await self.client.post("/update_weights_from_tensor", body)
+            if self.facts.has_sessions:
+                await self.client.post("/end_weight_update", {})
+            await self._flush_cache()
+            if not await samples_from(self.client, policy, layers):
+                where = f"the server at {self.address}"
+                raise InputError(where, f"does not sample from the policy {policy}", "see its log")
         self.read_out = policy
 
     async def resume(self) -> None:
