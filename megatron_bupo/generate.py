@@ -16,11 +16,10 @@ from statistics import fmean, stdev
 from typing import IO
 
 from megatron_bupo import collective
-from megatron_bupo.algorithm.bupo import InternalLayerPolicy, Policy
+from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy, Policy
 from megatron_bupo.commands.generate import Generation
 from megatron_bupo.config import Config, expand
-from megatron_bupo.engines import rollout_engine
-from megatron_bupo.mcore import parallel
+from megatron_bupo.engines import rollout_engine, sharing_ranks
 from megatron_bupo.record.measures import warnings_of
 from megatron_bupo.record.rollout_files import fields_of, to_line
 from megatron_bupo.rewards.grader import Grader
@@ -49,7 +48,7 @@ def generate(generation: Generation) -> None:
     """Show what each policy answers, and write and grade it if asked to. Every rank runs this."""
     ready, config = generation.ready, generation.ready.config
     with ExitStack() as stack:
-        stack.enter_context(parallel.joined(ready.layout, seed=config.seed))
+        stack.enter_context(sharing_ranks())
         grader = Grader(config.reward) if generation.grades else None
         if grader is not None:
             stack.callback(grader.close)
@@ -70,6 +69,7 @@ def generate(generation: Generation) -> None:
                 _say(f"warning: {warning}")
             if file is not None:
                 file.writelines(lines_of(answers))
+        engine.sample_from(FULL)  # servers that run on are left as they were found
         if len(rows) > 1 or grader is not None:
             _say("\n".join(table(rows)))
         if file is not None and generation.out is not None:
