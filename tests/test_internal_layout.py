@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_bupo.config import load_config
 from megatron_bupo.errors import InputError
 from megatron_bupo.preflight import preflight
+from tests.rollout.fake import fake_server
 from tests.runs import Bed, metrics, run
 
 OWN = ("bupo.internal_layout.dp=2", "checkpoint.every=1", "checkpoint.keep=9")
@@ -68,6 +69,21 @@ def test_a_run_that_ends_in_the_internal_phase_leaves_the_whole_model(
     above = ("model.layers.5.", "model.norm.")
     assert changed == {name for name in initial if not name.startswith(above)}
     assert initial.keys() == left.keys()
+
+
+def test_servers_of_other_weights_get_those_of_the_layers_that_the_actor_does_not_hold(
+    bed: Bed, tmp_path: Path
+):
+    """What the server did not get would be seen when the full policy is first compared."""
+    other = shutil.copytree(bed.folder / "model", tmp_path / "other")
+    tensors = {name: 2 * tensor for name, tensor in weights(other).items()}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with fake_server(other, tmp_path / "log") as fake:
+        servers = ["rollout.engine=sglang", f"servers.addresses=[{fake.url}]"]
+        short = ["steps=2", "bupo.internal_steps=1", "checkpoint.export_hf=false"]
+        lines = bed.train(tmp_path / "run", *OWN, *servers, *short, "evaluation.every=0")
+    assert [f"{GAPS}_max_nats" in line for line in lines] == [False, True]
+    assert lines[1][f"{GAPS}_max_nats"] < 1e-5
 
 
 def test_an_actor_that_would_forget_what_was_trained_is_refused(bed: Bed, finished: Path):
