@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +18,11 @@ from megatron_bupo.config.checks import doubts
 from megatron_bupo.data.order import PromptStream
 from megatron_bupo.data.prompts import load_prompts
 from megatron_bupo.data.tokenizer import load_tokenizer
-from megatron_bupo.engines import rollout_engine
+from megatron_bupo.engines import prompt_stream, rollout_engine, sampling_at
 from megatron_bupo.mcore import checkpoint, parallel
 from megatron_bupo.mcore.phase_actor import plan_actor
 from megatron_bupo.preflight import Preflight
-from megatron_bupo.record.heartbeat import Heartbeat
+from megatron_bupo.record.heartbeat import heartbeat
 from megatron_bupo.record.journal import Journal
 from megatron_bupo.record.mismatch import Mismatch
 from megatron_bupo.record.skipped import SkippedUpdates
@@ -31,19 +30,11 @@ from megatron_bupo.replay import Replay
 from megatron_bupo.rewards.grader import Grader
 from megatron_bupo.rollout.ahead import RolloutStream
 from megatron_bupo.rollout.engine import RolloutEngine
-from megatron_bupo.run import Run, sampling_at
+from megatron_bupo.run import Run
 from megatron_bupo.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def heartbeat(config: Config, run_dir: Path, world: int) -> AbstractContextManager[object]:
-    """What notices when the ranks hang, in whatever they do from here on."""
-    if not config.logging.stall_s:
-        return nullcontext()
-    rank = int(os.environ.get("RANK", "0"))  # known before the process group is
-    return Heartbeat(run_dir, rank=rank, world=world, stall_s=config.logging.stall_s)
 
 
 def build(ready: Preflight) -> Run:
@@ -51,7 +42,7 @@ def build(ready: Preflight) -> Run:
     config, arch = ready.config, ready.architecture
     run_dir = Path(expand(config.run_dir))
     with ExitStack() as stack:
-        stack.enter_context(heartbeat(config, run_dir, ready.layout.world))
+        stack.enter_context(heartbeat(run_dir, ready.layout.world, config.logging.stall_s))
         replay = None if config.debug.replay is None else Replay(config.debug.replay)
         grader = replay or Grader(config.reward)  # early: its process starts while the rest loads
         stack.callback(grader.close)
@@ -138,16 +129,6 @@ def _rollouts(
         last_step=config.steps,
         staleness_at=staleness_at,
         recorded=isinstance(prompts, Replay),
-    )
-
-
-def prompt_stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptStream:
-    """What the steps of a run ask."""
-    return PromptStream(
-        load_prompts(config.data.train, config.data, tokenizer),
-        prompts_per_step=config.rollout.prompts_per_step,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
     )
 
 

@@ -1,19 +1,30 @@
-"""From a config to the engine that its rollouts come from."""
+"""From a config to what a step's rollouts come from: prompts, seeds, an engine, ranks that share.
+
+No Megatron here: who only samples starts without it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+import torch.distributed as dist
+
 from megatron_bupo.config import Config, expand
-from megatron_bupo.mcore import cpu
-from megatron_bupo.mcore.model import DTYPES
-from megatron_bupo.rollout.embedded import EmbeddedEngine
+from megatron_bupo.config.timeouts import COLLECTIVE_TIMEOUT_S
+from megatron_bupo.data.order import PromptStream
+from megatron_bupo.data.prompts import load_prompts
 from megatron_bupo.rollout.reading import stop_ids
 from megatron_bupo.rollout.sglang import Model, SGLangEngine
 from megatron_bupo.rollout.weights import StoredWeights
+from megatron_bupo.types import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +32,50 @@ if TYPE_CHECKING:
     from megatron_bupo.hf.architecture import DecoderSizes
     from megatron_bupo.rollout.engine import RolloutEngine
     from megatron_bupo.types import Weights
+
+TRAINING, HELD_OUT = 0, 1  # streams of sampling noise
+
+
+def prompt_stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptStream:
+    """What the steps of a run ask."""
+    return PromptStream(
+        load_prompts(config.data.train, config.data, tokenizer),
+        prompts_per_step=config.rollout.prompts_per_step,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+    )
+
+
+def sampling_at(config: Config, step: int) -> Sampling:
+    """How the responses of `step` are drawn."""
+    rollout = config.rollout
+    return Sampling(
+        responses_per_prompt=rollout.responses_per_prompt,
+        max_response_tokens=rollout.max_response_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        seed=noise_seed(config.seed, TRAINING, step),
+    )
+
+
+def noise_seed(*keys: int) -> int:
+    """A seed of its own for each `keys`."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextmanager
+def sharing_ranks() -> Iterator[None]:
+    """Be one of the ranks that share the responses out, and hold no shards of a model; one process
+    is no group. A rank that fails does not leave: see `mcore.parallel.joined`.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" not in os.environ:
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+    yield
+    dist.destroy_process_group()
 
 
 def rollout_engine(
@@ -39,12 +94,14 @@ def rollout_engine(
     started.
     """
     if config.rollout.engine == "embedded":
+        from megatron_bupo.rollout.embedded import EmbeddedEngine  # seconds, for transformers
+
         return EmbeddedEngine(
             expand(config.model.path),
             tokenizer,
             batch_size=config.rollout.batch_size,
-            dtype=DTYPES[config.model.dtype],
-            device=cpu.device(),
+            dtype=getattr(torch, config.model.dtype),
+            device="cuda" if torch.cuda.is_available() else "cpu",
         )
     stored = partial(StoredWeights, expand(config.model.path))
     ends = stop_ids(expand(config.model.path), tokenizer)

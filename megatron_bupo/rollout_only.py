@@ -11,34 +11,31 @@ import shlex
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch.distributed as dist
-
+from megatron_bupo import collective
 from megatron_bupo.algorithm.bupo import FULL
-from megatron_bupo.build import heartbeat, prompt_stream
 from megatron_bupo.config import expand, to_yaml
 from megatron_bupo.data.tokenizer import load_tokenizer
-from megatron_bupo.engines import rollout_engine
-from megatron_bupo.mcore import parallel
+from megatron_bupo.engines import prompt_stream, rollout_engine, sampling_at, sharing_ranks
 from megatron_bupo.preflight import Preflight
 from megatron_bupo.record import measures
+from megatron_bupo.record.heartbeat import heartbeat
 from megatron_bupo.record.journal import Journal
 from megatron_bupo.rewards.grader import Grader
-from megatron_bupo.run import sampling_at
 
 
 def rollout_only(ready: Preflight) -> None:
     """Generate, grade and write down `steps` steps; no trainer is built. Collective."""
     config, run_dir = ready.config, Path(expand(ready.config.run_dir))
     with ExitStack() as stack:
-        stack.enter_context(heartbeat(config, run_dir, ready.layout.world))
+        stack.enter_context(heartbeat(run_dir, ready.layout.world, config.logging.stall_s))
         grader = Grader(config.reward)
         stack.callback(grader.close)
-        stack.enter_context(parallel.joined(ready.layout, seed=config.seed))
+        stack.enter_context(sharing_ranks())
         tokenizer = load_tokenizer(expand(config.model.tokenizer or config.model.path))
         prompts = prompt_stream(config, tokenizer)
         engine = rollout_engine(config, ready.architecture, tokenizer, run_dir=run_dir)
         stack.callback(engine.close)
-        speaks = dist.get_rank() == 0
+        speaks = collective.is_first()
         journal = stack.enter_context(Journal(run_dir, config, first_step=0, speaks=speaks))
         engine.wait_until_up(journal.say)
         if speaks:

@@ -7,12 +7,12 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
 
 from megatron_bupo import checkpoints
 from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule, Policy, depth_of
 from megatron_bupo.config import Config, expand, flatten
+from megatron_bupo.engines import HELD_OUT, noise_seed
 from megatron_bupo.evaluation.accuracy import accuracy
 from megatron_bupo.hf.architecture import DecoderSizes
 from megatron_bupo.hf.writer import write_checkpoint
@@ -28,8 +28,6 @@ from megatron_bupo.rewards.grader import Grading
 from megatron_bupo.rollout.ahead import RolloutStream
 from megatron_bupo.rollout.engine import RolloutEngine
 from megatron_bupo.types import Prompt, Sampling
-
-TRAINING, HELD_OUT = 0, 1  # streams of sampling noise
 
 
 @dataclass
@@ -72,7 +70,7 @@ class Run:
             responses_per_prompt=evaluation.responses_per_prompt,
             max_response_tokens=self.config.rollout.max_response_tokens,
             temperature=evaluation.temperature,
-            seed=_noise_seed(self.config.seed, HELD_OUT),
+            seed=noise_seed(self.config.seed, HELD_OUT),
         )
         with self.journal.doing("evaluate"):
             self.journal.note({key: accuracy(self.engine, self.grader, self.held_out, sampling)})
@@ -147,19 +145,3 @@ class Run:
             write_checkpoint(self.run_dir / "hf", weights, like=model_dir, dtype=dtype)
         for _ in weights:
             pass  # the other ranks do their part of the gathering
-
-
-def sampling_at(config: Config, step: int) -> Sampling:
-    """How the responses of `step` are drawn."""
-    rollout = config.rollout
-    return Sampling(
-        responses_per_prompt=rollout.responses_per_prompt,
-        max_response_tokens=rollout.max_response_tokens,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        seed=_noise_seed(config.seed, TRAINING, step),
-    )
-
-
-def _noise_seed(*keys: int) -> int:
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)

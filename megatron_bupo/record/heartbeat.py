@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -41,6 +42,14 @@ OURS = f"{Path(__file__).parents[1]}{os.sep}"
 def state_file(run_dir: Path, rank: int) -> Path:
     """What `rank` writes down."""
     return run_dir / "ranks" / f"rank-{rank:05d}.json"
+
+
+def heartbeat(run_dir: Path, world: int, stall_s: float) -> AbstractContextManager[object]:
+    """What notices when the ranks hang, in whatever they do from here on; 0: nothing does."""
+    if not stall_s:
+        return contextlib.nullcontext()
+    rank = int(os.environ.get("RANK", "0"))  # known before the process group is
+    return Heartbeat(run_dir, rank=rank, world=world, stall_s=stall_s)
 
 
 class Heartbeat:
