@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_bupo.config.layout import Layout
+from tests.rollout.fake import FAKE
 from tests.runs import REWARD
 
 TINY = ["--layers=6", "--hidden=16", "--ffn=24", "--heads=2", "--kv-heads=2", "--vocab=32"]
@@ -241,3 +243,40 @@ def test_internal_layout_tells_what_either_way_takes(tmp_path: Path):
     assert own["held_bytes"] < in_place["held_bytes"]
     assert own["save_ms"] > 0
     assert own["take_over_ms"] > 0
+
+
+FAKE_SERVER = [f"--python={sys.executable}", f"servers.env.PYTHONPATH={FAKE}"]
+
+
+def test_a_weight_sync_moves_what_a_dumber_count_finds(tmp_path: Path):
+    from tools.bench_weight_sync import main
+
+    sizes = [option for option in TINY if "tokens" not in option and "respon" not in option]
+    options = [*sizes[:-1], "--layer=2", "--repeats=1", *FAKE_SERVER]
+    report = _json_of(main, tmp_path / "sync.json", *options)
+    rows = {(row["mode"], row["phase"]): row for row in report["rows"]}
+    modes = ("broadcast", "http", "disk", "ipc")
+    assert set(rows) == {(mode, phase) for mode in modes for phase in ("full", "internal")}
+    hidden, ffn, vocab, head = 16, 24, 32, 8
+    layer = hidden * (4 * hidden + 3 * ffn) + 2 * hidden + 2 * head
+    for (_, phase), row in rows.items():
+        of_layers = 6 * layer + hidden if phase == "full" else 2 * layer  # the final norm
+        assert row["sent_bytes"] == 4 * (vocab * hidden + of_layers)
+        parts = row["gather_s"] + row["send_s"] + row["rest_s"]
+        assert row["seconds"] == pytest.approx(parts)
+        assert row["send_s"] > 0
+    full = rows["http", "full"]["sent_bytes"]
+    assert report["most_bytes"] == 3 / 7 * full + 4 * vocab * hidden
+
+
+def test_the_client_and_the_raw_server_answer_the_same_requests(tmp_path: Path):
+    from tools.bench_rollout import OURS, RAW, main
+
+    sizes = ("--concurrency", "4", "16", "--response-tokens=3", "--repeats=1", "--vocab=32")
+    report = _json_of(main, tmp_path / "rollout.json", *sizes, "--hidden=16", *FAKE_SERVER)
+    assert [row["requests"] for row in report["rows"]] == [4, 16]
+    for row in report["rows"]:
+        ours, raw = row[OURS], row[RAW]
+        assert row["lost"] == pytest.approx(1 - ours["tokens_per_s"] / raw["tokens_per_s"])
+        assert ours["client_cpu_s_per_1000_tokens"] > 0
+        assert raw["tokens_per_s"] > 0

@@ -29,6 +29,7 @@ OPTIONS = {
     "mem_fraction_static": 0.1,
     "max_total_tokens": 65536,
     "skip_server_warmup": "true",
+    "sleep_on_idle": "true",  # else a server that does nothing takes a whole core
 }
 
 
