@@ -57,7 +57,7 @@ def build(ready: Preflight) -> Run:
             arch,
             tokenizer,
             run_dir=run_dir,
-            current_weights=lambda: run.trainer.all_weights(),  # noqa: PLW0108 - of the present one
+            current_weights=lambda: run.whole_weights(),  # noqa: PLW0108 - there is no run yet
         )
         stack.callback(engine.close)
         trainer = plan.build()

@@ -27,7 +27,8 @@ from megatron_bupo.record.summary import summarise
 from megatron_bupo.rewards.grader import Grading
 from megatron_bupo.rollout.ahead import RolloutStream
 from megatron_bupo.rollout.engine import RolloutEngine
-from megatron_bupo.types import Prompt, Sampling
+from megatron_bupo.rollout.weights import StoredWeights, Together
+from megatron_bupo.types import Prompt, Sampling, Weights
 
 
 @dataclass
@@ -89,6 +90,14 @@ class Run:
         with self.journal.doing("relayout"):
             path = checkpoints.checkpoint_dir(self.run_dir, step)
             self.trainer = self._plan(policy).take_over(self.trainer, path)
+
+    def whole_weights(self) -> Weights:
+        """The whole model as it stands: what a server without weights needs."""
+        own, layers = self.trainer.all_weights(), self.trainer.arch.layers
+        if layers == self.architecture.layers:
+            return own
+        # Nothing above has been trained yet, else the run would have been refused (preflight)
+        return Together(own, StoredWeights(expand(self.config.model.path), above_layer=layers))
 
     def _plan(self, policy: Policy) -> ActorPlan:
         return plan_actor(policy, self.architecture, self.config, self.world)
