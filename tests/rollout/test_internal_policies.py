@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,14 +13,23 @@ from transformers import AutoTokenizer
 
 from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy, Policy
 from megatron_bupo.bed import chain_sums
+from megatron_bupo.config import Config, load_config
+from megatron_bupo.errors import InputError
+from megatron_bupo.rollout.client import ServerClient
 from megatron_bupo.rollout.embedded import EmbeddedEngine
+from megatron_bupo.rollout.internal_policies import (
+    is_switchable,
+    samples_from,
+    serving_internal_policies,
+    switch_tensors,
+)
 from megatron_bupo.types import Prompt, RolloutGroup, Sampling
 from tests.dense import dense_logits, dense_model
+from tests.rollout.fake import fake_server
 from tests.tiny_models import LLAMA3_ROPE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 LAYERS = 4
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -120,3 +131,45 @@ def test_only_layers_below_the_last_are_internal(
     engine = EmbeddedEngine(tiny_model_dir(vocab=16), tokenizer, batch_size=64)
     with pytest.raises(ValueError, match=rf"internal layer {layer} of a model with 4 layers"):
         engine.sample_from(InternalLayerPolicy(layer))
+
+
+def test_the_scalars_of_a_switch() -> None:
+    def sent(policy: Policy) -> list[tuple[str, float]]:
+        return [(name, tensor.item()) for name, tensor in switch_tensors(policy, LAYERS)]
+
+    layer, norm = "internal_policy.layer", "internal_policy.norm"
+    assert sent(FULL) == [(layer, 4), (norm, 1)]
+    assert sent(InternalLayerPolicy(2)) == [(layer, 2), (norm, 0)]
+    assert sent(InternalLayerPolicy(3, read_out_norm=True)) == [(layer, 3), (norm, 1)]
+
+
+def test_servers_that_we_start_find_our_models_before_what_they_found_already() -> None:
+    def adapted(*settings: str) -> Config:
+        return serving_internal_policies(
+            load_config(None, ["model.path=x", "data.train=x", *settings])
+        )
+
+    config = adapted("servers.env.PYTHONPATH=/theirs", "sglang.tp_size=2")
+    first, *rest = config.servers.env["PYTHONPATH"].split(":")
+    assert (Path(first) / "bupo_sglang_models" / "__init__.py").is_file()
+    assert rest == ["/theirs"]
+    assert config.sglang == {"tp_size": 2, "disable_cuda_graph": True}
+    others = adapted("servers.addresses=[http://other:30000]")
+    assert (others.servers.env, others.sglang) == ({}, {})
+
+
+def test_a_server_without_our_models_has_the_full_policy_alone(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    async def asked(url: str, policy: Policy) -> bool:
+        client = ServerClient(url)
+        try:
+            assert not await is_switchable(client)
+            return await samples_from(client, policy, LAYERS)
+        finally:
+            await client.close()
+
+    with fake_server(tiny_model_dir(vocab=16), tmp_path / "log") as fake:
+        assert asyncio.run(asked(fake.url, FULL))
+        with pytest.raises(InputError, match="cannot sample from internal policies; start it with"):
+            asyncio.run(asked(fake.url, InternalLayerPolicy(2)))
