@@ -15,6 +15,7 @@ import pytest
 
 from megatron_bupo.config import load_config
 from megatron_bupo.config.schema import Config
+from megatron_bupo.errors import InputError
 from megatron_bupo.rollout.processes import ServerProcess, arguments
 from tests.runs import fork
 
@@ -205,6 +206,30 @@ def test_lists_hold_mappings_too():
         '{"a": 1}',
         "b",
     ]
+
+
+def test_servers_use_the_gpus_after_the_ranks_of_the_trainer_or_share_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    needed = ["model.path=model", "data.train=train.jsonl", "sglang.tp_size=2"]
+
+    def first_gpu(index: int, *settings: str) -> int:
+        config = load_config(None, [*needed, *settings])
+        words = ServerProcess(index, config, tmp_path).command(1)
+        return int(words[words.index("--base-gpu-id") + 1])
+
+    assert [first_gpu(i) for i in (0, 1)] == [4, 6]
+    assert [first_gpu(i, "rollout.colocated=true") for i in (0, 1, 3)] == [0, 2, 6]
+    assert [first_gpu(i, "sglang.base_gpu_id=1") for i in (0, 1)] == [1, 3]
+    with pytest.raises(InputError) as error:
+        first_gpu(2, "servers.count=3")
+    assert str(error.value) == (
+        "servers.count=3: server 2 would use GPUs 8 to 9 of 8; start fewer servers or trainer "
+        "ranks, or set rollout.colocated=true to share GPUs"
+    )
 
 
 def test_a_server_is_told_its_environment_and_not_that_we_are_a_rank(
