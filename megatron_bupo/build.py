@@ -61,18 +61,17 @@ def build(ready: Preflight) -> Run:
         )
         stack.callback(engine.close)
         trainer = plan.build()
-        notes, trained_layers = [], 0
         if path is not None:
             checkpoint.load(trainer, path)
-            notes = list(_notes(config, path))
-            trained_layers = checkpoints.read_run(path)["trained_layers"]
+        speaks = dist.get_rank() == 0
         journal = stack.enter_context(
-            Journal(run_dir, config, first_step=first_step, speaks=dist.get_rank() == 0)
+            Journal(run_dir, config, first_step=first_step, speaks=speaks)
         )
-        for note in [*notes, *doubts(config)]:
+        for note in [*_notes(config, path), *doubts(config)]:
             journal.say(note)
-        if dist.get_rank() == 0:
+        if speaks:
             (run_dir / "config.yaml").write_text(to_yaml(config))
+        prompts = replay or prompt_stream(config, tokenizer)
         run = Run(
             config=config,
             architecture=arch,
@@ -80,9 +79,7 @@ def build(ready: Preflight) -> Run:
             trainer=trainer,
             engine=engine,
             grader=grader,
-            rollouts=_rollouts(
-                config, engine, replay or prompt_stream(config, tokenizer), schedule, first_step
-            ),
+            rollouts=_rollouts(config, engine, prompts, schedule, first_step),
             held_out=_held_out(config, tokenizer),
             schedule=schedule,
             journal=journal,
@@ -90,7 +87,7 @@ def build(ready: Preflight) -> Run:
             mismatch=Mismatch(config),
             pad_id=0,  # masked out everywhere: any id will do
             first_step=first_step,
-            trained_layers=trained_layers,
+            trained_layers=0 if path is None else checkpoints.read_run(path)["trained_layers"],
             world=ready.layout.world,
             learned=first_step,
             closing=ExitStack(),
@@ -132,8 +129,10 @@ def _rollouts(
     )
 
 
-def _notes(config: Config, path: Path) -> Iterator[str]:
-    """What there is to say about resuming from the checkpoint at `path`."""
+def _notes(config: Config, path: Path | None) -> Iterator[str]:
+    """What there is to say about resuming from the checkpoint at `path`; nothing without one."""
+    if path is None:
+        return
     run_dir, before = path.parents[1], checkpoints.read_run(path)
     for damaged in checkpoints.damaged_checkpoints(run_dir):
         yield f"passing over {damaged}: not whole"
