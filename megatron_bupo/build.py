@@ -63,14 +63,10 @@ def build(ready: Preflight) -> Run:
         trainer = plan.build()
         if path is not None:
             checkpoint.load(trainer, path)
-        speaks = dist.get_rank() == 0
         journal = stack.enter_context(
-            Journal(run_dir, config, first_step=first_step, speaks=speaks)
+            Journal(run_dir, config, first_step=first_step, speaks=dist.get_rank() == 0)
         )
-        for note in [*_notes(config, path), *doubts(config)]:
-            journal.say(note)
-        if speaks:
-            (run_dir / "config.yaml").write_text(to_yaml(config))
+        _tell(journal, config, path)
         prompts = replay or prompt_stream(config, tokenizer)
         run = Run(
             config=config,
@@ -97,6 +93,14 @@ def build(ready: Preflight) -> Run:
         engine.wait_until_up(journal.say)
         run.closing = stack.pop_all()
         return run
+
+
+def _tell(journal: Journal, config: Config, path: Path | None) -> None:
+    """What there is to say at the start of a run that goes on from `path`, and its config."""
+    for note in [*_notes(config, path), *doubts(config)]:
+        journal.say(note)
+    if dist.get_rank() == 0:
+        (Path(expand(config.run_dir)) / "config.yaml").write_text(to_yaml(config))
 
 
 def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

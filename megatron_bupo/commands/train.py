@@ -15,6 +15,7 @@ from megatron_bupo.config import Config, expand, load_config, to_yaml
 from megatron_bupo.config.checks import check
 from megatron_bupo.config.internal_layout_rules import internal_config
 from megatron_bupo.config.layout import Layout, layers_of_stages, parallel_sizes
+from megatron_bupo.errors import RunStopped
 from megatron_bupo.launch.local import (
     RankFailed,
     Terminated,
@@ -47,7 +48,7 @@ def run(args: Namespace) -> None:
     with hold(run_dir) if is_first_rank() else nullcontext():
         try:
             run_ranks(train, layout.world, ready)
-        except (KeyboardInterrupt, Terminated, RankFailed) as error:
+        except (KeyboardInterrupt, Terminated, RankFailed, RunStopped) as error:
             error.add_note(way_on(run_dir))
             if sys.stdout.isatty():
                 print()  # the cursor is still in the panel of a rank that is no more

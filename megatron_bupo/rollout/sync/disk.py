@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -17,6 +18,12 @@ def version_dir(directory: Path, version: int) -> Path:
 
 class DiskTransport(Transport):
     """Writes the files; the fleet tells the servers to load them once all have been written."""
+
+    def close(self) -> None:
+        """Leave no empty directory."""
+        super().close()
+        with suppress(OSError):  # there is none, or something in it
+            self.directory.rmdir()
 
     def pass_on(self, bucket: Bucket, targets: Sequence[Target]) -> Mapping[str, str]:  # noqa: ARG002
         file = version_dir(self.directory, self.place.version)
