@@ -6,6 +6,7 @@ long (another server may do better), `Refused` where the server answered that it
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from dataclasses import dataclass
@@ -87,13 +88,15 @@ class ServerClient:
         return await self._call("GET", path, None, timeout_s)
 
     async def post(
-        self, path: str, body: dict[str, Any], *, timeout_s: float = CONTROL_TIMEOUT_S
+        self, path: str, body: dict[str, Any] | bytes, *, timeout_s: float = CONTROL_TIMEOUT_S
     ) -> Any:
-        """What `path` answers to `body`; an answer that says `success: false` is a refusal."""
+        """What `path` answers to `body` (bytes: JSON already); an answer that says `success: false`
+        is a refusal.
+        """
         return await self._call("POST", path, body, timeout_s)
 
     async def _call(
-        self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float
+        self, method: str, path: str, body: dict[str, Any] | bytes | None, timeout_s: float
     ) -> Any:
         if self._session is None:
             # A batch is in flight all at once.
@@ -103,7 +106,8 @@ class ServerClient:
             async with self._session.request(
                 method,
                 self.address + path,
-                data=None if body is None else json.dumps(body).encode(),
+                # aiohttp copies what a socket does not take at once, but a file it reads in pieces.
+                data=io.BytesIO(body) if isinstance(body, bytes) else _serialised(body),
                 headers={"Content-Type": "application/json"},
                 timeout=aiohttp.ClientTimeout(total=timeout_s),
             ) as response:
@@ -159,6 +163,10 @@ class ServerClient:
         except ServerError:
             return False
         return True
+
+
+def _serialised(body: dict[str, Any] | None) -> bytes | None:
+    return None if body is None else json.dumps(body).encode()
 
 
 def _parse(text: bytes) -> Any:

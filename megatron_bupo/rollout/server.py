@@ -140,7 +140,7 @@ class Server:
     async def sample_from(self, policy: Policy, *, layers: int) -> None:
         """Sample from `policy` of a model with `layers` layers, when nothing is under way."""
         if not await samples_from(self.client, policy, layers):
-            text = pickled(switch_tensors(policy, layers))
+            text = pickled(switch_tensors(policy, layers)).decode()
             assert self.facts is not None
             body = {"serialized_named_tensors": [text] * self.facts.tp_size, "flush_cache": False}
             await self.begin_update(pause=None, in_session=True)

@@ -10,11 +10,11 @@ from megatron_bupo.rollout.client import ServerClient
 from megatron_bupo.rollout.sync.transport import Bucket, Target, Transport
 
 
-def pickled(bucket: Bucket) -> str:
+def pickled(bucket: Bucket) -> bytes:
     """Named tensors as SGLang reads them out of JSON."""
     # A pickled view would bring all of its storage along.
     held = [(name, tensor.detach().cpu().clone()) for name, tensor in bucket]
-    return base64.b64encode(pickle.dumps(held)).decode()
+    return base64.b64encode(pickle.dumps(held))
 
 
 class HttpTransport(Transport):
@@ -22,11 +22,17 @@ class HttpTransport(Transport):
 
     def pass_on(self, bucket: Bucket, targets: Sequence[Target]) -> Mapping[str, str]:
         text = pickled(bucket)
+        # json.dumps would look at every letter for one to escape, for each server again.
+        bodies = {
+            size: b'{"flush_cache": false, "serialized_named_tensors": ["%s"]}'
+            % b'", "'.join([text] * size)
+            for size in {target.tp_size for target in targets}
+        }
 
         async def post(target: Target, client: ServerClient) -> None:
             await client.post(
                 "/update_weights_from_tensor",
-                {"serialized_named_tensors": [text] * target.tp_size, "flush_cache": False},
+                bodies[target.tp_size],
                 timeout_s=self.settings.timeout_s,
             )
 
