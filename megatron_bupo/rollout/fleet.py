@@ -168,7 +168,7 @@ class Fleet:
             if self.is_open.is_set() and (usable := self.usable):
                 if self.router is not None:
                     await self.router.choose_among(usable)
-                server = min(usable, key=lambda s: s.outstanding_tokens)
+                server = min(usable, key=lambda s: (s.suspected.is_set(), s.outstanding_tokens))
                 server.outstanding_tokens += tokens
                 return server
             if all(server.state is State.GIVEN_UP for server in self.servers):
@@ -284,10 +284,14 @@ class Fleet:
             # Nor is one that sleeps, and it would die of the token.
             may_look = self.is_open.is_set() and not server.asleep
             if may_look and (due or server.suspected.is_set()):
-                server.suspected.clear()
                 healthy = await server.client.healthy(timeout_s=HEALTH_TIMEOUT_S)
                 if not self.is_open.is_set() or server.asleep:
                     continue
                 checked, failures = time.monotonic(), 0 if healthy else failures + 1
-                if failures == UNHEALTHY_AFTER:
+                if healthy:
+                    server.suspected.clear()
+                elif failures == UNHEALTHY_AFTER:
                     self.lose(server, f"failed {failures} health checks in a row")
+                else:
+                    server.suspected.set()
+                    await asyncio.sleep(LOOK_S)

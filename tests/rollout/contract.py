@@ -146,7 +146,7 @@ def bench_of(
     bench.engine = rollout_engine(
         config,
         read_architecture(model),
-        load_tokenizer(model),
+        load_tokenizer(str(model)),
         run_dir=run_dir,
         current_weights=current,
     )
