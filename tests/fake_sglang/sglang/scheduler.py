@@ -261,16 +261,19 @@ class Scheduler:
         cache.
         """
         ids = request.prompt + request.output
-        scored = request.return_logprob and request.logprob_start >= 0 and not request.output
-        prefix, cache = (0, self.model.empty_cache()) if scored else self._longest(ids)
+        start = request.logprob_start
+        scored = request.return_logprob and start >= 0 and not request.output
+        prefix, cache = self._longest(ids[: start + 1] if scored else ids)
         logits, (request.cache,) = self.model.forward(torch.tensor([ids[prefix:]]), [cache])
         request.cached_tokens = prefix
         if prefix < len(ids) - 1:
             self._remember(ids, request.cache)
-        if scored:
-            logprobs = request.params.logprobs(logits[0])
-            of_prompt = [float(logprobs[i - 1][ids[i]]) for i in range(1, len(ids))]
-            request.prompt_logprobs = [None, *of_prompt][request.logprob_start :]
+        if scored:  # at temperature 1, whatever the request's; the first has nothing before it
+            logprobs = torch.log_softmax(logits[0], dim=-1)
+            of_prompt = [
+                float(logprobs[i - 1 - prefix][ids[i]]) for i in range(start + 1, len(ids))
+            ]
+            request.prompt_logprobs = [None, *of_prompt]
         return logits[0, -1]
 
     def _append(self, request: Request, logits: Tensor) -> None:

@@ -1,7 +1,8 @@
 """New weights for a running server: every way of sending them that works without a GPU.
 
 Each answers `(success, message)` as the real one does, and kills the server where that raises in
-its scheduler: a payload that is no list of named tensors, a tensor of another shape.
+its scheduler: a payload that is no list of named tensors, a tensor of another shape, a file that
+is no safetensors.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
-from safetensors import SafetensorError
 from torch import Tensor
 
 from sglang.faults import FAULTS, die
@@ -151,12 +151,12 @@ class WeightUpdates:
 
         def update() -> Answer:
             path = Path(body["model_path"])
+            if not list(path.glob("*.safetensors")):
+                return False, (
+                    f"Failed to get weights iterator: Cannot find any model weights with `{path}`."
+                )
             try:
-                tensors = read_weights(path)
-            except (RuntimeError, SafetensorError, OSError) as error:
-                return False, f"Failed to get weights iterator: {error}."
-            try:
-                self._load(list(tensors.items()))
+                self._load(read_weights(path).items())
             except Exception as error:
                 die(f"{error!r}; the rollback reads the same files again")
             if not FAULTS.forget_updates:
