@@ -27,10 +27,14 @@ class BackgroundLoop:
         """`work`'s result, waited for. Not from inside the loop."""
         return self.start(work).result()
 
+    def cancel_all(self) -> None:
+        """Cancel what still runs."""
+        self.run(_cancel_others())
+
     def close(self) -> None:
         """Cancel what still runs, and end the thread."""
         if self._thread.is_alive():
-            self.run(_cancel_others())
+            self.cancel_all()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()

@@ -257,7 +257,7 @@ class Fleet:
                 if server.process is None and not isinstance(error, Refused):
                     raise
             if server.process is not None and (code := server.process.poll()) is not None:
-                words = server.process.last_words()
+                words = server.process.last_words(4)
                 raise ServerError(f"ended with code {code}; {server.process.log} ends: {words}")
             now = time.monotonic()
             if now > deadline:

@@ -217,7 +217,7 @@ class SGLangEngine:
         """Stop the servers that were started here."""
         self.transport.close()
         if collective.is_first():
-            self._starting.cancel()
+            self.loop.cancel_all()  # before what it would miss is closed
             self.loop.run(self.fleet.close())
             self.loop.close()
 
