@@ -6,7 +6,7 @@ No Megatron here: who only samples starts without it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -85,13 +85,11 @@ def rollout_engine(
     *,
     run_dir: Path,
     current_weights: Callable[[], Weights] | None = None,
-    extra_env: Mapping[str, str] | None = None,
 ) -> RolloutEngine:
     """The engine that `rollout.engine` names, with the weights of `model.path`.
 
     `current_weights()` are all that the trainer has, for servers that lost theirs (without a
-    trainer: those of the model directory); `extra_env` is more environment for servers that are
-    started.
+    trainer: those of the model directory).
     """
     if config.rollout.engine == "embedded":
         from megatron_bupo.rollout.embedded import EmbeddedEngine  # seconds, for transformers
@@ -110,5 +108,4 @@ def rollout_engine(
         Model(arch, tokenizer, ends),
         run_dir=run_dir,
         current_weights=current_weights or stored,
-        extra_env=extra_env,
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,9 +40,7 @@ LONGEST_BACKOFF_S = 30.0
 class Fleet:
     """The servers that `config.servers` describes. Coroutines and callbacks of one loop."""
 
-    def __init__(
-        self, config: Config, run_dir: Path, *, extra_env: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, config: Config, run_dir: Path) -> None:
         self.config, self.settings = config, config.servers
         self.version = 0  # of the weights that the trainer has
         self.read_out: Policy = FULL  # the policy to sample from
@@ -58,10 +56,7 @@ class Fleet:
                 for i, address in enumerate(self.settings.addresses)
             ]
         else:
-            processes = [
-                ServerProcess(i, config, run_dir, extra_env=extra_env or {})
-                for i in range(self.settings.count)
-            ]
+            processes = [ServerProcess(i, config, run_dir) for i in range(self.settings.count)]
             self.servers = [
                 Server(f"server {i}", ServerClient(process.address, key), process)
                 for i, process in enumerate(processes)

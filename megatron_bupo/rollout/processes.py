@@ -36,9 +36,8 @@ class ServerProcess:
         run_dir: Path,
         *,
         port: int | None = None,
-        extra_env: Mapping[str, str] | None = None,
     ) -> None:
-        """`port=None` is a free one, another at each start. `extra_env` goes over `servers.env`.
+        """`port=None` is a free one, another at each start.
 
         Raises:
             InputError: this machine has too few GPUs.
@@ -48,7 +47,7 @@ class ServerProcess:
         self._index = index
         self._config = config
         self._port = port
-        self._env = {**server_environment(config), **(extra_env or {})}
+        self._env = server_environment(config)
         self._first_gpu = _first_gpu(config, index)
         self._starts = 0
         self._kept: Kept | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,7 +73,6 @@ class SGLangEngine:
         *,
         run_dir: Path,
         current_weights: Callable[[], Weights],
-        extra_env: Mapping[str, str] | None = None,
     ) -> None:
         """`current_weights()` are all that the trainer has: what a server that lost its own
         needs.
@@ -91,7 +90,7 @@ class SGLangEngine:
         self.version = 0
         if collective.is_first():
             self.loop = BackgroundLoop("sglang")
-            self.fleet = self.loop.run(_made(config, run_dir, extra_env))
+            self.fleet = self.loop.run(_made(config, run_dir))
             self._starting = self.loop.start(self.fleet.start())
 
     def wait_until_up(self, say: Callable[[str], None]) -> None:
@@ -290,6 +289,6 @@ def _word(server: Server, fleet: Fleet) -> str:
     return server.state.value
 
 
-async def _made(config: Config, run_dir: Path, extra_env: Mapping[str, str] | None) -> Fleet:
+async def _made(config: Config, run_dir: Path) -> Fleet:
     """A fleet made inside the loop that it belongs to."""
-    return Fleet(config, run_dir, extra_env=extra_env)
+    return Fleet(config, run_dir)
