@@ -69,12 +69,13 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda x: x >= 0,
         """seed algorithm.kl_coefficient bupo.internal_steps optimizer.lr optimizer.min_lr
         optimizer.warmup_steps optimizer.weight_decay evaluation.every evaluation.temperature
+        rollout.temperature
         logging.stall_s rollout.max_staleness servers.restarts debug.mismatch_every""",
     ),
     (
         "greater than 0",
         lambda x: x > 0,
-        """rollout.temperature reward.timeout_s algorithm.clip_high algorithm.tis_cap
+        """reward.timeout_s algorithm.clip_high algorithm.tis_cap
         optimizer.eps optimizer.clip_grad rollout.step_budget_s servers.start_timeout_s
         servers.request_timeout_s servers.batch_timeout_s servers.health_every_s sync.timeout_s""",
     ),
@@ -98,6 +99,7 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     refuse_owned_keys(config.megatron)
     layout = parallel_sizes(config, world_size)
     if training:
+        _responses_are_drawn(config)
         _groups_can_be_compared(config)
         check_rollout(config)
         check_internal_layout(config, layout.world)
@@ -149,6 +151,15 @@ def _numbers_are_in_range(config: Config) -> None:
             assert isinstance(value, int | float)
             if not (holds(value) and math.isfinite(value)):
                 raise InputError(f"{key}={value}", "is out of range", f"must be {expected}")
+
+
+def _responses_are_drawn(config: Config) -> None:
+    if config.rollout.temperature == 0:
+        raise InputError(
+            "rollout.temperature=0.0",
+            "all responses to a prompt would be the same one, and the ratio has no temperature",
+            "choose more than 0; evaluation.temperature=0 evaluates greedily",
+        )
 
 
 def _groups_can_be_compared(config: Config) -> None:

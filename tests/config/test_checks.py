@@ -67,7 +67,7 @@ def test_every_choice_and_range_is_a_key_of_the_schema():
         ("optimizer.lr=-1", "optimizer.lr=-1.0: is out of range; must be at least 0"),
         ("optimizer.lr=.nan", "optimizer.lr=nan: is out of range; must be at least 0"),
         ("optimizer.lr=.inf", "optimizer.lr=inf: is out of range; must be at least 0"),
-        ("rollout.temperature=0", "rollout.temperature=0.0: is out of range; must be "),
+        ("rollout.temperature=0", "rollout.temperature=0.0: all responses to a prompt would be "),
         ("rollout.top_p=0", "rollout.top_p=0.0: is out of range; must be greater than 0 and at "),
         ("rollout.top_p=1.1", "rollout.top_p=1.1: is out of range; must be greater than 0 and at "),
         ("algorithm.clip_low=0", "algorithm.clip_low=0.0: is out of range; must be between 0 and "),
