@@ -32,7 +32,7 @@ def bench(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("contract")
-    model = make_model(folder / "model", tiny_model_dir(vocab=16))
+    model = make_model(folder / "model", tiny_model_dir(vocab=16, scale=0.15))
     with ExitStack() as stack:
         fakes = []
         if request.param == "embedded":
@@ -62,7 +62,7 @@ def slowly(bench: Bench) -> Iterator[None]:
 def test_responses_are_what_was_asked_for_with_the_logprobs_of_the_sampling_temperature(
     bench: Bench, temperature: float, top_p: float
 ):
-    sampling = replace(SAMPLING, temperature=temperature, top_p=top_p)
+    sampling = replace(SAMPLING, temperature=temperature, top_p=top_p, responses_per_prompt=16)
     groups = bench.engine.generate(PROMPTS, sampling)
     bench.check(groups, sampling, oldest=bench.version)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
