@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import sys
 import tempfile
@@ -185,7 +186,11 @@ def _raw(server: RunningServer, stack: ExitStack, *, vocab: int) -> Ask:
             return await reply.read()
 
     async def post_all(bodies: Sequence[bytes]) -> list[bytes]:
-        return await asyncio.gather(*map(post, bodies))
+        gc.freeze()  # as ours does
+        try:
+            return await asyncio.gather(*map(post, bodies))
+        finally:
+            gc.unfreeze()
 
     def ask(prompts: list[Prompt], sampling: Sampling) -> Turn:
         bodies = [

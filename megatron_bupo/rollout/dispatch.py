@@ -8,6 +8,7 @@ away. When the step's budget of seconds or tokens is spent, what is unfinished i
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,8 @@ class Batch:
         limit = self.config.servers.batch_timeout_s
         budget = asyncio.create_task(self._spend())
         work = [asyncio.create_task(self._finish(draft)) for draft in self.drafts]
+        # Answers are many small lists, for which Python would look at all that a trainer holds.
+        gc.freeze()
         try:
             async with asyncio.timeout(limit):
                 await asyncio.gather(*work)
@@ -53,6 +56,7 @@ class Batch:
                 f"servers.batch_timeout_s={limit:g}"
             ) from None
         finally:
+            gc.unfreeze()
             for task in [budget, *work]:
                 task.cancel()
             await asyncio.gather(budget, *work, return_exceptions=True)
