@@ -47,6 +47,7 @@ class ServerFacts:
     version: str
     tp_size: int
     device: str
+    dtype: str  # as it was told: auto is the checkpoint's
     context_tokens: int | None  # None: the model's
     cache_tokens: int | None  # of all that is under way
     deterministic: bool
@@ -137,6 +138,7 @@ class ServerClient:
             version=version,
             tp_size=int(info.get("tp_size") or 1),
             device=str(info.get("device", "cuda")),
+            dtype=str(info.get("dtype", "auto")),
             context_tokens=info.get("context_length"),
             cache_tokens=info.get("max_total_num_tokens"),
             deterministic=bool(info.get("enable_deterministic_inference", False)),

@@ -116,7 +116,8 @@ class Batch:
     def _judge(self, server: Server, draft: Draft, failure: Exception) -> None:
         """What a failed request says about the server."""
         if isinstance(failure, BadReply):
-            self.fleet.lose(server, str(failure))
+            if self.fleet.router is None:  # which does not say whom it asked
+                self.fleet.lose(server, str(failure))
         elif not isinstance(failure, Refused):
             server.suspected.set()
         elif 400 <= failure.status < 500 and failure.status not in BUSY:

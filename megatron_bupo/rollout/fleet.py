@@ -2,16 +2,16 @@
 
 One rank runs the fleet, on a loop of its own. A server lives through
 
-    starting -> up -> lost -> starting -> ... -> given up
+    starting -> up -> lost -> up -> ... -> given up
 
-and may be used while it is up and carries the current weights; one that is up and does not has
-missed an update and waits for it. Requests lease the server with the fewest tokens outstanding.
+(one that somebody else started is looked for even then) and may be used while it is up and carries
+the current weights; one that is up and does not has missed an update and waits for it. Requests
+lease the server with the fewest tokens outstanding.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -65,7 +65,7 @@ class Fleet:
         self._keepers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Start or find every server, and wait until the first of them is up.
+        """Start or find every server, and wait until each is up or has failed.
 
         Raises:
             InputError: none came up, with what the first had to say.
@@ -146,11 +146,8 @@ class Fleet:
 
     async def change(self, timeout_s: float = LOOK_S) -> None:
         """Wait until some server is not what it was, or a moment has passed."""
-        try:
-            await asyncio.wait_for(self.changed.wait(), timeout_s)
-        except TimeoutError:
-            return
-        self.changed.clear()
+        if await _within(timeout_s, self.changed):
+            self.changed.clear()
 
     async def lease(self, tokens: int, *, needed: Callable[[], bool]) -> Server | None:
         """The usable server with the fewest tokens outstanding, waited for; `tokens` count as
@@ -203,9 +200,10 @@ class Fleet:
                 self.lose(server, str(error))
             failures += 1
             server.restarts += server.process is not None
-            if self._hopeless(server, failures):
+            if self._hopeless(server, failures) and server.state is not State.GIVEN_UP:
                 self.lose(server, server.why, State.GIVEN_UP)
-                return
+                if server.process is not None:
+                    return
             await asyncio.sleep(min(2.0 ** (failures - 1) - 1, LONGEST_BACKOFF_S))
 
     def _hopeless(self, server: Server, failures: int) -> bool:
@@ -267,8 +265,7 @@ class Fleet:
         """Return when `server` is lost."""
         checked, failures = time.monotonic(), 0
         while server.state is State.UP:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(server.suspected.wait(), LOOK_S)
+            await _within(LOOK_S, server.suspected)
             process = server.process
             if process is not None and (code := process.poll()) is not None:
                 self.lose(server, f"its process ended with code {code}")
@@ -290,3 +287,14 @@ class Fleet:
                 else:
                     server.suspected.set()
                     await asyncio.sleep(LOOK_S)
+
+
+async def _within(seconds: float, event: asyncio.Event) -> bool:
+    """Wait for `event`, no longer than `seconds`. (In Python 3.11 `wait_for` can lose a
+    cancellation.)
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    except TimeoutError:
+        return False

@@ -45,7 +45,9 @@ class Front:
                     await asyncio.to_thread(self._router.start, wanted)
                     self.client = ServerClient(self._router.address, self._key)
             except Unreachable as error:
-                raise RunStopped(str(error)) from None
+                if self._router.poll() is not None or not self.client.address:
+                    raise RunStopped(str(error)) from None
+                return  # a server that died a moment ago: the fleet will say so, and ask again
             self._chosen = wanted
 
     async def close(self) -> None:

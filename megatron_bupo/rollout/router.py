@@ -73,6 +73,10 @@ class Router:
             self._call("POST", "/workers", {"url": address, "api_key": key})
         self._wait_for(lambda: self._workers().keys() == wanted, "to have its servers", _CHANGE_S)
 
+    def poll(self) -> int | None:
+        """None while it runs, else its exit code."""
+        return self._kept.poll() if self._kept is not None else None
+
     def stop(self) -> None:
         """End it."""
         if self._kept is not None:

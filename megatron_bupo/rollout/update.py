@@ -144,8 +144,9 @@ async def _verify(fleet: Fleet, plan: Plan, sent: Sequence[Sent]) -> None:
     trusted = sorted(found, key=lambda s: (s.address, s.incarnation) in recovered)
     for server, sums in found.items():
         expected = dict(found[trusted[0]])
-        if server.process is not None and server.facts and server.facts.device == "cpu":
+        facts = server.facts
+        if facts and facts.device == "cpu" and facts.dtype == fleet.config.model.dtype:
             expected |= {name: d for name, d in digests.items() if name in sums}
         wrong = [name for name, digest in sums.items() if expected.get(name, digest) != digest]
-        if wrong and server.facts == trusted[0].facts:
+        if wrong and facts == trusted[0].facts:
             fleet.lose(server, f"{wrong[0]} is not what was sent (checksum {sums[wrong[0]]})")

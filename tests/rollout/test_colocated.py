@@ -1,5 +1,5 @@
-"""Servers that share GPUs with the trainer: on a strict fake, which dies of a token that it is asked
-for while its memory is given away, by a health check too.
+"""Servers that share GPUs with the trainer: on a strict fake, which dies of a token that it is
+asked for while its memory is given away, by a health check too.
 """
 
 from __future__ import annotations
