@@ -66,10 +66,10 @@ class Rollout:
     response_ids: tuple[int, ...]  # includes the stop token where finish_reason is "stop"
     text: str  # the response decoded, without special tokens
     rollout_logprobs: tuple[float, ...]  # nats, per response token, under the sampling distribution
+    # nats, of the distributions that the tokens were drawn from; None: the engine does not say
+    entropies: tuple[float, ...] | None
     finish_reason: FinishReason  # abort: cut by a budget
     policy_version: int  # steps that the weights had learned from when the first token was drawn
-    # nats, of the distributions that the tokens were drawn from; None: the engine does not say
-    entropies: tuple[float, ...] | None = None
     versions: tuple[VersionSpan, ...] = ()  # more than one: the weights changed under way
     cached_tokens: int = 0  # of the prompt, found in the server's prefix cache
     server: str | None = None  # address of the one that finished it

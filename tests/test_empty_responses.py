@@ -42,7 +42,7 @@ def groups_of(lengths: list[list[int]]) -> list[RolloutGroup]:
         ids = torch.randint(0, 64, (size,), generator=generator).tolist()
         logprobs = (-5 * torch.rand(size, generator=generator)).tolist()
         reason = "length" if size else "abort"
-        return Rollout(prompt, tuple(ids), "", tuple(logprobs), reason, policy_version=0)
+        return Rollout(prompt, tuple(ids), "", tuple(logprobs), None, reason, policy_version=0)
 
     prompts = [Prompt(i, tuple(range(3 + i)), "", "") for i in range(len(lengths))]
     return [

@@ -125,6 +125,7 @@ class Draft:
             response_ids=tuple(self.ids),
             text=text,
             rollout_logprobs=tuple(self.logprobs),
+            entropies=None,
             finish_reason=self.finish_reason,
             policy_version=self.versions[0].version if self.versions else version,
             versions=tuple(_joined(self.versions)),

@@ -196,8 +196,8 @@ class Fleet:
             except InputError as error:  # the same the next time
                 self.lose(server, str(error), State.GIVEN_UP)
                 return
-            except (ServerError, OSError) as error:
-                self.lose(server, str(error))
+            except Exception as error:  # whatever it answered: who keeps it must live
+                self.lose(server, f"{type(error).__name__}: {error}")
             failures += 1
             server.restarts += server.process is not None
             if self._hopeless(server, failures) and server.state is not State.GIVEN_UP:

@@ -111,6 +111,9 @@ class SGLangEngine:
             ), context
 
         self._capabilities, self.context = self._from_first(up)
+        plan = self._from_first(lambda: open_catch_up(self.fleet))
+        if plan.whole:
+            self.catch_up(plan)
 
     def capabilities(self) -> Capabilities:
         """What the servers that came up first can do."""

@@ -59,14 +59,24 @@ class BroadcastTransport(Transport):
                 {**body, "group_name": name},
                 timeout_s=self.settings.timeout_s,
             )
-            sending = asyncio.to_thread(_broadcast, group, tensors, self.settings.timeout_s)
+            sending = asyncio.ensure_future(
+                asyncio.to_thread(_broadcast, group, tensors, self.settings.timeout_s)
+            )
             try:
                 await _both(request, sending)
             except BaseException:
                 del self._groups[target.address, name]
+                sending.add_done_callback(lambda _: dist.destroy_process_group(group))
                 raise
 
         return self.on_all(targets, share)
+
+    def close(self) -> None:
+        """Leave the groups too: what forks or ends with one of them open waits for its threads."""
+        super().close()
+        for group in self._groups.values():
+            dist.destroy_process_group(group)
+        self._groups.clear()
 
     async def _group(self, target: Target, client: ServerClient, name: str) -> dist.ProcessGroup:
         key = (target.address, name)
