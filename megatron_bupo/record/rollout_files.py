@@ -219,9 +219,9 @@ def _parsed(line: Any) -> RecordedRollout:
     same = ("step", "policy", "response", "text", "finish_reason", "policy_version")
     same += ("server", "attempts", "cached_tokens")
     maybe = ("entropies", "old_logprobs", "policy_entropies", "ref_logprobs", "advantages")
-    known = [name for name in maybe if line.get(name) is not None]
     fields: dict[str, Any] = {name: line[name] for name in same}
-    fields |= {name: _per_token(line, name) for name in known}
+    for name in maybe:
+        fields[name] = None if line.get(name) is None else _per_token(line, name)
     return RecordedRollout(
         prompt=Prompt(
             index=line["prompt_index"],
