@@ -24,6 +24,7 @@ from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
 
 COMMAND_LINE = "command line"
+HIDDEN = "(hidden)"  # stands for a secret
 
 Setting = tuple[str, Any]  # dotted key, value
 
@@ -48,14 +49,24 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Every setting of `config`, in a form that `load_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """Every setting of `config`, in a form that `load_config` reads back; keys to servers left
+    out.
+    """
+    return OmegaConf.to_yaml(OmegaConf.structured(_without_secrets(config)))
 
 
 def flatten(config: Config) -> dict[str, object]:
     """Dotted key -> value; tuples as lists, so that it equals its own round trip through JSON."""
-    leaves = _leaves_of(dataclasses.asdict(config), stop_at=frozenset())
+    leaves = _leaves_of(dataclasses.asdict(_without_secrets(config)), stop_at=frozenset())
     return {key: list(value) if isinstance(value, tuple) else value for key, value in leaves}
+
+
+def _without_secrets(config: Config) -> Config:
+    """What may be written down."""
+    if config.servers.api_key is None:
+        return config
+    servers = dataclasses.replace(config.servers, api_key=HIDDEN)
+    return dataclasses.replace(config, servers=servers)
 
 
 def expand(path: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_bupo.config import Config, expand
+from megatron_bupo.config.load import HIDDEN
 from megatron_bupo.config.server_rules import gpus_per_server, server_environment
 from megatron_bupo.errors import InputError
 from megatron_bupo.rollout.keeper import Kept, last_words
@@ -63,7 +64,7 @@ class ServerProcess:
         port = self._port or free_port()
         self.address = f"http://{HOST}:{port}"
         command = self.command(port)
-        title = f"start {self._starts}: {' '.join(command)}"
+        title = f"start {self._starts}: {shown(command, self._config)}"
         self._starts += 1
         self._kept = Kept(command, env=self._env, log=self.log, title=title)
 
@@ -108,6 +109,11 @@ class ServerProcess:
         python = config.servers.python
         launch = [expand(python) if python else sys.executable, "-m", "sglang.launch_server"]
         return [*launch, *arguments(options)]
+
+
+def shown(command: Sequence[str], config: Config) -> str:
+    """A command line that may be written down."""
+    return " ".join(HIDDEN if word == config.servers.api_key else word for word in command)
 
 
 def arguments(options: Mapping[str, Any]) -> list[str]:

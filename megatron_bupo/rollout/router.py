@@ -26,7 +26,7 @@ from megatron_bupo.config import Config, expand
 from megatron_bupo.config.server_rules import server_environment
 from megatron_bupo.rollout.client import Unreachable
 from megatron_bupo.rollout.keeper import Kept, last_words
-from megatron_bupo.rollout.processes import HOST, arguments, free_port
+from megatron_bupo.rollout.processes import HOST, arguments, free_port, shown
 
 _START_S = 60.0
 _CHANGE_S = 30.0  # for servers to be added; about one is usual
@@ -53,7 +53,7 @@ class Router:
         self.address = f"http://{HOST}:{port}"
         command = self._command(port)
         env = server_environment(self._config)
-        self._kept = Kept(command, env=env, log=self.log, title=" ".join(command))
+        self._kept = Kept(command, env=env, log=self.log, title=shown(command, self._config))
         self._wait_for(self._is_up, "to start", _START_S)
         self.set_workers(workers)
 

@@ -288,3 +288,9 @@ def test_every_field_of_the_schema_is_in_the_flattened_config():
                     assert f"{section.name}.{field.name}" in flat
         elif value != {}:
             assert section.name in flat
+
+
+def test_a_key_to_servers_is_written_down_nowhere():
+    config = load_config(None, [*NEEDED, "servers.api_key=open-sesame"])
+    assert config.servers.api_key == "open-sesame"
+    assert "open-sesame" not in to_yaml(config) + str(flatten(config))
