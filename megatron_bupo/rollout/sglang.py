@@ -87,7 +87,6 @@ class SGLangEngine:
             directory=self.directory,
         )
         self.context = model.sizes.max_positions  # the servers', once they are up
-        self.version = 0
         if collective.is_first():
             self.loop = BackgroundLoop("sglang")
             self.fleet = self.loop.run(_made(config, run_dir))
@@ -139,7 +138,6 @@ class SGLangEngine:
         """Bring `weights` to all servers, and all weights to those that are behind. Collective."""
         self._free_gpu_memory()
         plan = self._from_first(lambda: open_update(self.fleet, version))
-        self.version = version
         return self._send(plan, weights)
 
     def catch_up(self, plan: Plan) -> None:

@@ -43,15 +43,15 @@ async def open_update(fleet: Fleet, version: int) -> Plan:
     sync = fleet.config.sync
     paused = any(server.outstanding_tokens for server in fleet.up)
     fleet.is_open.clear()
-    usable = fleet.usable
+    usable, behind = fleet.usable, [s for s in fleet.up if s not in fleet.usable]
     await fleet.wake("weights")
-    await _prepare(fleet, fleet.up, pause=sync.pause if paused else None)
+    await _prepare(fleet, [*usable, *behind], pause=sync.pause if paused else None)
     return Plan(
         version=version,
-        changed=_targets(fleet, [s for s in usable if s in fleet.up]),
-        whole=_targets(fleet, [s for s in fleet.up if s not in usable]),
+        changed=_targets(fleet, usable),
+        whole=_targets(fleet, behind),
         paused=paused,
-        digest=sync.verify or len(usable) < len(fleet.up),
+        digest=sync.verify or bool(behind),
     )
 
 
@@ -59,8 +59,7 @@ async def open_catch_up(fleet: Fleet) -> Plan:
     """Prepare the servers that are behind for the weights that all others have; these go on."""
     behind = fleet.behind
     await _prepare(fleet, behind, pause=None)
-    whole = _targets(fleet, [s for s in behind if s in fleet.up])
-    return Plan(fleet.version, (), whole, paused=False, digest=True)
+    return Plan(fleet.version, (), _targets(fleet, behind), paused=False, digest=True)
 
 
 async def close_update(fleet: Fleet, plan: Plan, sent: Sequence[Sent], folder: Path) -> int:
@@ -99,6 +98,7 @@ async def close_update(fleet: Fleet, plan: Plan, sent: Sequence[Sent], folder: P
 
 
 def _targets(fleet: Fleet, servers: Sequence[Server]) -> tuple[Target, ...]:
+    """Those of `servers` that are still up."""
     return tuple(
         Target(
             address=server.address,
@@ -107,6 +107,7 @@ def _targets(fleet: Fleet, servers: Sequence[Server]) -> tuple[Target, ...]:
             tp_size=server.facts.tp_size if server.facts else 1,
         )
         for server in servers
+        if server in fleet.up
     )
 
 
