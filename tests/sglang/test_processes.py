@@ -29,10 +29,10 @@ def test_a_real_server_ends_with_a_killed_trainer_while_it_starts(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], children: int
 ):
     """A scheduler that is still importing its modules has not asked to die with its parent yet."""
-    model, started = tiny_model_dir(), tmp_path / "started"
+    config, started = config_of(tiny_model_dir()), tmp_path / "started"
 
     def train() -> int:
-        server = ServerProcess(0, config_of(model), tmp_path)
+        server = ServerProcess(0, config, tmp_path)
         server.start()
         until(lambda: len(psutil.Process(server.pid).children()) >= children)
         family = [server.pid, *(p.pid for p in psutil.Process(server.pid).children())]
