@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs import Bed, make_bed
+from tests.runs import ROOT, Bed, Done, make_bed, run_python
 from tests.tiny_models import make_tiny_model
 
 torch.set_num_threads(1)
@@ -57,3 +57,13 @@ def finished(bed: Bed, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     bed.train(run_dir)
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
+    """How the demo ended in a fresh home, and that home: its run is in `run`."""
+    home = tmp_path_factory.mktemp("home")
+    settings = ["--config", ROOT / "conf" / "demo.yaml", f"run_dir={home / 'run'}"]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HOME", str(home))
+        return run_python("-m", "megatron_bupo", "train", *settings, timeout_s=500), home

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_bupo.config import load_config
-from tests.runs import ROOT, Bed, Done, metrics, run, run_python, start
+from tests.runs import Bed, Done, metrics, run, run_python, start
 
 INTERNAL_ONLY = {"entropy/internal_nats"}
 EVERY_STEP = {
@@ -278,16 +278,14 @@ def test_torchrun_gives_the_run_that_local_ranks_give(bed: Bed, finished: Path, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_demo_makes_its_model_and_teaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOME", str(tmp_path))  # a fresh clone on a machine that has no cache yet
-    demo = ["train", "--config", ROOT / "conf" / "demo.yaml", f"run_dir={tmp_path / 'run'}"]
-    done = run_python("-m", "megatron_bupo", *demo, timeout_s=500)
+def test_the_demo_makes_its_model_and_teaches_it(demo: tuple[Done, Path]):
+    done, home = demo
     assert done.code == 0, done.err
     assert done.err == "Making the base model: 500 supervised steps, once\n"
-    lines = metrics(tmp_path / "run")
+    lines = metrics(home / "run")
     assert [line["policy"] for line in lines] == ["internal layer 5"] * 10 + ["full"] * 50
     assert 0.2 < lines[0]["eval/initial_accuracy_mean"] < 0.35
     assert lines[-1]["eval/accuracy_mean"] >= 0.58
     assert max(line.get("rollout/logprob_gap_max_nats", 0) for line in lines) < 1e-4
-    assert len([*(tmp_path / "run" / "tensorboard").iterdir()]) == 1
+    assert len([*(home / "run" / "tensorboard").iterdir()]) == 1
     assert "The same with plain GRPO, to compare: " in done.out
