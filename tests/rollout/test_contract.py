@@ -17,7 +17,7 @@ from megatron_bupo.errors import InputError
 from megatron_bupo.rollout.weights import WholeWeights
 from megatron_bupo.types import Prompt
 from tests.rollout.contract import LONG, PROMPTS, SAMPLING, Bench, bench_of, make_model, on
-from tests.rollout.fake import fake_server
+from tests.rollout.fake import Fake, fake_server
 from tests.sglang.real import sglang_settings
 
 REAL = pytest.param(
@@ -53,9 +53,20 @@ def slowly(bench: Bench) -> Iterator[None]:
     """Responses take a while, where it is in our hand."""
     for fake in bench.fakes:
         fake.have(seconds_per_token=0.01)
+    slow_down(bench, 0.02)
     yield
+    slow_down(bench, None)
     for fake in bench.fakes:
         fake.have(seconds_per_token=0)
+
+
+def slow_down(bench: Bench, seconds: float | None) -> None:
+    """Have real servers sleep before each forward pass."""
+    known = {fake.url for fake in bench.fakes} | {"embedded"}
+    for server in bench.engine.health():
+        if server.address not in known:
+            real = Fake(server.address, None, Path())
+            assert real.ask("/slow_down", {"forward_sleep_time": seconds})[0] == 200
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8)])
