@@ -82,14 +82,14 @@ class Bench:
         self.versions[version] = self.versions[version - 1] | changed
         return self.engine.load_weights(WholeWeights(changed), version=version)
 
-    def until_running(self) -> None:
-        """Return when all fakes have responses under way; on other servers, soon."""
+    def until_running(self, soon_s: float = 0.4) -> None:
+        """Return when all fakes have responses under way; on other servers, after `soon_s`."""
         deadline = time.monotonic() + 20
         for fake in self.fakes:
             while not fake.ask("/v1/loads")[1]["loads"][0]["num_running_reqs"]:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
-        time.sleep(0.1 if self.fakes else 0.4)
+        time.sleep(0.1 if self.fakes else soon_s)
 
     def logprobs(self, rollout: Rollout, sampling: Sampling, version: int) -> Tensor:
         """Of the response tokens `[tokens]` under the weights of `version`, by transformers."""
