@@ -32,11 +32,8 @@ help:
 demo: install
 	@$(BIN)/megatron-bupo train --config conf/demo.yaml run_dir=$(RUN_DIR)
 
-# The actor's tests beside all others, on two cores: a third less time than one after the other.
 test: install-dev
-	@$(BIN)/python -m pytest --ignore=tests/mcore > .pytest-others.log 2>&1 & others=$$!; \
-	$(BIN)/python -m pytest tests/mcore; actor=$$?; \
-	wait $$others; rest=$$?; cat .pytest-others.log; exit $$((actor | rest))
+	@$(BIN)/python -m pytest
 
 test-fast: install-dev
 	@$(BIN)/python -m pytest -m "not slow"
