@@ -38,6 +38,7 @@ from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.engines import rollout_engine
 from megatron_bupo.preflight import check_model
 from megatron_bupo.rollout.background import BackgroundLoop
+from megatron_bupo.rollout.client import IDLE_S
 from megatron_bupo.rollout.draft import Draft
 from megatron_bupo.types import Prompt, Sampling
 from tools.bench_phase_cost import Shape
@@ -207,7 +208,9 @@ def _raw(server: RunningServer, stack: ExitStack, *, vocab: int) -> Ask:
 
 async def _session() -> aiohttp.ClientSession:
     timeout = aiohttp.ClientTimeout(total=None)
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S), timeout=timeout
+    )
 
 
 def _timed(server: RunningServer, work: Callable[[], Any]) -> tuple[Any, float, float, float]:

@@ -174,14 +174,16 @@ _TP2_PP2 = (4, {"tp": 2, "pp": 2, "sp": True})
 _TP2_DP2_DIST = (4, DIST_OPT)
 
 
-def _change(name: str, before: Any, after: Any, *, slow: bool = True) -> Any:
-    return pytest.param(before, after, id=name, marks=[pytest.mark.slow] if slow else [])
+def _change(name: str, before: Any, after: Any, *, tied: bool = True, slow: bool = True) -> Any:
+    return pytest.param(before, after, tied, id=name, marks=[pytest.mark.slow] if slow else [])
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
+    ("before", "after", "tied"),
     [
         _change("one rank to TP2 PP2 SP", _ONE, _TP2_PP2, slow=False),
+        _change("one rank to TP2 PP2 SP, untied", _ONE, _TP2_PP2, tied=False),
+        _change("PP4 to DP2, untied", (4, {"pp": 4}), (2, {"dp": 2}), tied=False),
         _change("VPP2 PP2 to one rank", (2, {"pp": 2, "vpp": 2}), _ONE),
         _change("TP2 PP2 SP to one rank", _TP2_PP2, _ONE),
         _change("PP4 to DP2", (4, {"pp": 4}), (2, {"dp": 2})),
@@ -192,9 +194,10 @@ def _change(name: str, before: Any, after: Any, *, slow: bool = True) -> Any:
             slow=False,
         ),
         _change(
-            "TP2 DP2 to one rank, distributed optimizer",
+            "TP2 DP2 to one rank, untied, distributed optimizer",
             _TP2_DP2_DIST,
             (1, {"distributed_optimizer": True}),
+            tied=False,
         ),
         _change(
             "TP2 EP2 SP to PP2 EP2, distributed optimizer",
@@ -204,7 +207,6 @@ def _change(name: str, before: Any, after: Any, *, slow: bool = True) -> Any:
         _change("EP2 to one rank, experts", (2, {"dp": 2, "ep": 2}), _ONE),
     ],
 )
-@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_another_layout_takes_over_where_the_first_one_stopped(
     before: tuple[int, dict[str, Any]],
     after: tuple[int, dict[str, Any]],
