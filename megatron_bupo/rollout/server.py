@@ -104,8 +104,8 @@ class Server:
         Raises:
             ServerError: it did not confirm, and must not be used.
         """
-        if in_session and self.facts is not None and self.facts.has_sessions:
-            await self.client.post("/end_weight_update", {})
+        if in_session:
+            await self._end_session()
         if not keeps_cache:
             await self._flush_cache()
         body = {"new_version": str(version), "abort_all_requests": False}
@@ -114,6 +114,11 @@ class Server:
         if version_number(confirmed) != version:
             raise ServerError(f"carries weights {confirmed!r} after an update to {version}")
         self.version = version
+
+    async def _end_session(self) -> None:
+        """Close what `begin_update` opened, in a release that has sessions."""
+        if self.facts is not None and self.facts.has_sessions:
+            await self.client.post("/end_weight_update", {})
 
     async def _flush_cache(self) -> None:
         """Drop the prefix cache. Requests that were aborted a moment ago may still hold it."""
@@ -145,8 +150,7 @@ class Server:
             body = {"serialized_named_tensors": [text] * self.facts.tp_size, "flush_cache": False}
             await self.begin_update(pause=None, in_session=True)
             await self.client.post("/update_weights_from_tensor", body)
-            if self.facts.has_sessions:
-                await self.client.post("/end_weight_update", {})
+            await self._end_session()
             await self._flush_cache()
             if not await samples_from(self.client, policy, layers):
                 where = f"the server at {self.address}"

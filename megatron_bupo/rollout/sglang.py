@@ -249,7 +249,7 @@ class _Pending:
         fleet, work = self.engine.fleet, asyncio.wrap_future(self._work)
         while not work.done():
             await fleet.switch_read_outs(self.engine.model.sizes.layers)
-            if any(server.version != fleet.version for server in fleet.up):
+            if fleet.behind:
                 return await open_catch_up(fleet)
             await asyncio.wait({work}, timeout=0.02 if not fleet.usable else 0.2)
         return work.result()
