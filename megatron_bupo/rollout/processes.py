@@ -30,15 +30,8 @@ PORTS = range(30000, 32768)  # below those that the kernel hands to connections
 class ServerProcess:
     """Server `index` of a run, running or not."""
 
-    def __init__(
-        self,
-        index: int,
-        config: Config,
-        run_dir: Path,
-        *,
-        port: int | None = None,
-    ) -> None:
-        """`port=None` is a free one, another at each start.
+    def __init__(self, index: int, config: Config, run_dir: Path) -> None:
+        """It gets a free port, another at each start.
 
         Raises:
             InputError: this machine has too few GPUs.
@@ -47,7 +40,6 @@ class ServerProcess:
         self.address = ""  # known once it is started
         self._index = index
         self._config = config
-        self._port = port
         self._env = server_environment(config)
         self._first_gpu = _first_gpu(config, index)
         self._starts = 0
@@ -61,7 +53,7 @@ class ServerProcess:
     def start(self) -> None:
         """Start it, again if need be; it is ready some time later."""
         self.stop()
-        port = self._port or free_port()
+        port = free_port()
         self.address = f"http://{HOST}:{port}"
         command = self.command(port)
         title = f"start {self._starts}: {shown(command, self._config)}"

@@ -61,8 +61,8 @@ def config_of(folder: Path, *settings: str) -> Config:
     return load_config(None, [*needed, f"servers.env={own}", *settings])
 
 
-def server_of(folder: Path, *settings: str, **knobs: Any) -> ServerProcess:
-    return ServerProcess(0, config_of(folder, *settings), folder, **knobs)
+def server_of(folder: Path, *settings: str) -> ServerProcess:
+    return ServerProcess(0, config_of(folder, *settings), folder)
 
 
 def family(folder: Path) -> list[psutil.Process]:
