@@ -38,6 +38,7 @@ TRAINING, HELD_OUT = 0, 1  # streams of sampling noise
 
 def prompt_stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptStream:
     """What the steps of a run ask."""
+    assert config.data.train is not None, "checks.py asks for it"
     return PromptStream(
         load_prompts(config.data.train, config.data, tokenizer),
         prompts_per_step=config.rollout.prompts_per_step,

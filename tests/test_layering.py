@@ -45,6 +45,7 @@ ON_TOP = {
     "generate",
     "replay",
     "rollout_only",
+    "arguments",
     "cli",
     "commands",
     "preflight",
@@ -68,7 +69,7 @@ ONLY_OTHERS = {
 SERVER_SIDE = PACKAGE / "rollout" / "server_side"
 
 # These answer (a config error, --help, a dry run) before anything heavy is imported.
-WITHOUT_TORCH = {"types", "errors", "checkpoints", "config", "hf", "cli"}
+WITHOUT_TORCH = {"types", "errors", "checkpoints", "config", "hf", "arguments", "cli"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

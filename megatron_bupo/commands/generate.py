@@ -105,9 +105,7 @@ def read_policies(
 
 def _config(args: Namespace) -> Config:
     """The settings, less those of training: a recipe's layout is its trainer's."""
-    named = [f"data.train={json.dumps(args.data or '')}"]
-    if args.model:
-        named.append(f"model.path={json.dumps(args.model)}")
+    named = [f"model.path={json.dumps(args.model)}"] if args.model else []
     config = load_config(args.config, [*named, *args.overrides])
     return replace(config, parallel=ParallelConfig(), bupo=BupoConfig(), megatron={})
 
@@ -116,11 +114,12 @@ def _prompts(
     args: Namespace, config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Prompt, ...]:
     if args.data:
-        prompts = load_prompts(config.data.train, config.data, tokenizer, answers=args.grade)
+        prompts = load_prompts(args.data, config.data, tokenizer, answers=args.grade)
     else:
         texts = enumerate(args.prompt)
         rows = [
-            Row(i, f"--prompt {text!r}", {config.data.prompt_column: text}) for i, text in texts
+            Row(i, f"--prompt {text!r}", {config.data.prompt_column or "prompt": text})
+            for i, text in texts
         ]
         prompts = as_prompts(rows, "the command line", config.data, tokenizer, answers=False)
     return tuple(prompts)

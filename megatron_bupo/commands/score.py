@@ -52,8 +52,7 @@ def run(args: Namespace) -> None:
 
 def read_scoring(args: Namespace) -> Scoring:
     """The command line with the files that it names, checked."""
-    named = [f"model.path={json.dumps(args.model)}", f"data.train={json.dumps(args.data)}"]
-    config = load_config(None, [*named, *args.overrides])
+    config = load_config(None, [f"model.path={json.dumps(args.model)}", *args.overrides])
     world_size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else None
     layout = check(config, world_size, training=False)
     architecture = check_model(config, training=False)

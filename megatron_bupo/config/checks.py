@@ -38,6 +38,8 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "rollout.engine": ("embedded", "sglang"),
     "rollout.overlap_phases": ("all", "full"),
+    "data.contamination": ("warn", "drop", "refuse"),
+    "data.bad_rows": ("refuse", "skip"),
     "sync.mode": ("broadcast", "http", "disk", "ipc"),
     "sync.pause": ("retract", "in_place", "abort"),
     "algorithm.rollout_correction": ("auto", "tis", "none"),
@@ -62,7 +64,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         parallel.tp parallel.pp parallel.vpp parallel.dp parallel.cp parallel.ep parallel.etp
         trainer.microbatch_size trainer.max_tokens_per_microbatch trainer.logprob_chunk_tokens
         checkpoint.every checkpoint.keep
-        evaluation.responses_per_prompt evaluation.max_prompts""",
+        evaluation.responses_per_prompt evaluation.max_prompts evaluation.max_response_tokens
+        evaluation.responses_per_batch evaluation.bootstrap_samples reward.memory_mb""",
     ),
     (
         "at least 0",
@@ -79,8 +82,12 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         optimizer.eps optimizer.clip_grad rollout.step_budget_s servers.start_timeout_s
         servers.request_timeout_s servers.batch_timeout_s servers.health_every_s sync.timeout_s""",
     ),
-    ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "rollout.top_p"),
-    ("between 0 and 1, both excluded", lambda x: 0 < x < 1, "algorithm.clip_low"),
+    ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "rollout.top_p evaluation.top_p"),
+    (
+        "between 0 and 1, both excluded",
+        lambda x: 0 < x < 1,
+        "algorithm.clip_low evaluation.confidence",
+    ),
     ("greater than 1, or null for no dual clip", lambda x: x > 1, "algorithm.dual_clip"),
 )
 
@@ -99,6 +106,7 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     refuse_owned_keys(config.megatron)
     layout = parallel_sizes(config, world_size)
     if training:
+        _training_has_data(config)
         _responses_are_drawn(config)
         _groups_can_be_compared(config)
         check_rollout(config)
@@ -204,6 +212,13 @@ def _stages_go_bottom_up(config: Config) -> None:
                 "order the stages by layer",
             )
         below = stage.layer
+
+
+def _training_has_data(config: Config) -> None:
+    if config.data.train is None:
+        raise InputError(
+            "data.train", "has no value", "set it in the YAML file or as data.train=..."
+        )
 
 
 def _evaluation_has_data(config: Config) -> None:

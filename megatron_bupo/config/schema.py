@@ -1,5 +1,5 @@
 """Every knob, with its unit, default and meaning. YAML files hold deltas to these; nothing else
-holds defaults.
+holds defaults. What is asked and how it is graded stands in `questions.py`.
 
 No torch here: a config is read, checked and printed before anything heavy is imported.
 """
@@ -9,6 +9,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_bupo.config.questions import (
+    BenchmarkConfig,
+    DataConfig,
+    EvaluationConfig,
+    RewardConfig,
+    RewardTermConfig,
+    SourceConfig,
+)
+
+__all__ = [  # here, and what stands in `questions.py`
+    "BenchmarkConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "RewardConfig",
+    "RewardTermConfig",
+    "SourceConfig",
+]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -17,25 +35,6 @@ class ModelConfig:
     path: str = "???"
     tokenizer: str | None = None  # directory; None: model.path
     dtype: str = "float32"  # of parameters and activations on the actor: float32 | bfloat16
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Prompts: JSONL, parquet, CSV files or a hub id, read by `datasets`."""
-
-    train: str = "???"
-    eval: str | None = None
-    prompt_column: str = (
-        "prompt"  # a string or a list of chat messages; `a.b` looks inside a struct
-    )
-    answer_column: str = "answer"
-    system_prompt: str | None = None
-    chat_template: bool | None = None  # None: yes for chat messages, no for strings
-    chat_template_kwargs: dict[str, Any] = field(
-        default_factory=dict
-    )  # e.g. enable_thinking: false
-    max_prompt_tokens: int = 1024  # longer prompts are dropped, with a count
-    shuffle: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,16 +89,6 @@ class SyncConfig:
     verify: bool = False  # compare checksums after every sync; after a recovery always
     pause: str = "retract"  # what running responses do meanwhile: retract | in_place | abort
     timeout_s: float = 600.0  # for one bucket
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """How responses are graded."""
-
-    function: str = (
-        "math"  # math | exact_match | package.module:function | path/to/file.py:function
-    )
-    timeout_s: float = 5.0  # per rollout; then reward 0 and a counted warning
 
 
 @dataclass(frozen=True)
@@ -216,16 +205,6 @@ class CheckpointConfig:
     every: int = 20  # steps between checkpoints
     keep: int = 2  # most recent checkpoints kept
     export_hf: bool = True  # write the final policy as an HF checkpoint to run_dir/hf
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Accuracy on data.eval while training, sampled from the full policy."""
-
-    every: int = 0  # steps; 0: never
-    responses_per_prompt: int = 1
-    temperature: float = 1.0  # 0: greedy
-    max_prompts: int | None = None
 
 
 @dataclass(frozen=True)

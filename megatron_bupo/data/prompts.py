@@ -9,7 +9,7 @@ system message (in place of one that the row brings), or as text in front of a p
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_bupo.config.schema import DataConfig
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Question = str | list[dict[str, str]]
+
+# What columns are usually called, the likelier first
+PROMPT_COLUMNS = ("prompt", "question", "problem")
+ANSWER_COLUMNS = ("answer", "reward_model.ground_truth", "ground_truth", "final_answer")
 
 
 def check_rows(data: DataConfig) -> None:
@@ -74,8 +78,9 @@ def as_prompts(
 
 def _question(row: Row, data: DataConfig) -> Question:
     """A plain string, or chat messages with the system prompt in place."""
-    asked = _column(row, "prompt_column", data.prompt_column)
-    key = f"data.prompt_column={data.prompt_column}"
+    path = _path(row, data.prompt_column, PROMPT_COLUMNS)
+    asked = _column(row, "prompt_column", path)
+    key = f"data.prompt_column={path}"
     if isinstance(asked, str) and asked:
         if not data.chat_template:
             return f"{data.system_prompt or ''}{asked}"
@@ -95,7 +100,16 @@ def _question(row: Row, data: DataConfig) -> Question:
 
 
 def _answer(row: Row, data: DataConfig) -> str:
-    return str(_column(row, "answer_column", data.answer_column))
+    path = _path(row, data.answer_column, ANSWER_COLUMNS)
+    return str(_column(row, "answer_column", path))
+
+
+def _path(row: Row, named: str | None, usual: Sequence[str]) -> str:
+    """The column that is named, else the first of the usual ones that `row` has."""
+    if named is not None:
+        return named
+    columns = row.columns()
+    return next((path for path in usual if path in columns), usual[0])
 
 
 def _column(row: Row, key: str, path: str) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bupo.config import Config, expand, flatten, load_config, to_yaml
+from megatron_bupo.config.checks import check
 from megatron_bupo.config.schema import ParallelConfig, StageConfig
 from megatron_bupo.errors import InputError
 
@@ -248,7 +249,7 @@ def test_a_missing_file_is_named(tmp_path: Path):
 def test_model_and_data_must_be_given(missing: int):
     key, given = NEEDED[missing].partition("=")[0], NEEDED[1 - missing]
     with pytest.raises(InputError) as error:
-        load_config(None, [given])
+        check(load_config(None, [given]), world_size=1)
     assert str(error.value) == f"{key}: has no value; set it in the YAML file or as {key}=..."
 
 

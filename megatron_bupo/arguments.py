@@ -1,0 +1,159 @@
+"""The commands, their options and what `--help` says of them; `cli.py` runs what was asked for."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from megatron_bupo import __version__
+from megatron_bupo.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports a wrong command line the way everything else is reported."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise InputError("command line", message, f"see `{self.prog} --help`")
+
+
+def parser() -> Parser:
+    """The command line of `megatron-bupo`."""
+    parser = Parser(
+        prog="megatron-bupo",
+        description="Bottom-up Policy Optimization (arXiv 2512.19673) on Megatron-Core.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-bupo {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_generate(commands)
+    _add_score(commands)
+    _add_rollouts(commands)
+    _add_bed(commands)
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a model, or resume a run",
+        description="Train as a YAML file and overrides say. Starts the local processes that the "
+        "layout needs, or is one rank under torchrun. A run_dir that holds a checkpoint resumes.",
+        epilog="example: megatron-bupo train --config conf/demo.yaml steps=20 parallel.pp=2",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML with what differs from defaults")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config and the layout, and start nothing",
+    )
+    _add_overrides(parser)
+
+
+def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="responses of any policy to prompts, and how good they are",
+        description="Sample from the full policy or from internal layer policies, as rollout.*, "
+        "data.*, servers.* and sglang.* say. Several policies, or --grade, give a table.",
+        epilog="example: megatron-bupo generate --model DIR --data eval.jsonl --grade "
+        "--policy layer=2 --policy layer=4 --policy full rollout.responses_per_prompt=4",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML, e.g. that of a training run")
+    parser.add_argument("--model", metavar="DIR", help="HF checkpoint directory, as model.path")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; repeatable")
+    parser.add_argument("--data", metavar="FILE", help="prompts from a file or hub data set")
+    _add_policy(parser, action="append", default=None)
+    parser.add_argument(
+        "--grade", action="store_true", help="compare with the answers in --data by reward.function"
+    )
+    parser.add_argument("--out", metavar="FILE", help="JSONL to write; `score` reads it")
+    _add_overrides(parser)
+
+
+def _add_score(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "score",
+        help="log-probs and entropies of given responses under a policy",
+        description='Read rows {"input_ids": [...], "prompt_length": n}; for each, in order, write '
+        '{"logprobs": [...], "entropies": [...]} of the response tokens (nats, fp32).',
+        epilog="example: torchrun --nproc-per-node 4 -m megatron_bupo score --model DIR "
+        "--data rows.jsonl --policy layer=6 --out out.jsonl parallel.tp=2 parallel.pp=2",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", metavar="DIR", required=True, help="HF checkpoint directory")
+    parser.add_argument("--data", metavar="FILE", required=True, help="JSONL, a row per response")
+    _add_policy(parser, action="store", default="full")
+    parser.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
+    _add_overrides(parser)
+
+
+def _add_rollouts(commands: argparse._SubParsersAction[Parser]) -> None:
+    rollouts = commands.add_parser(
+        "rollouts", help="read the rollouts that a run has dumped", allow_abbrev=False
+    )
+    parser = rollouts.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(
+        "show",
+        help="show them in the terminal or on a page",
+        description="Show what debug.dump_rollouts or debug.rollout_only has written to a run_dir.",
+        epilog="example: megatron-bupo rollouts show runs/demo --step 0,9 --html rollouts.html",
+        allow_abbrev=False,
+    )
+    parser.add_argument("directory", metavar="DIR", help="a run_dir")
+    parser.add_argument("--step", metavar="N,...|last|all", default="last", help="counted from 0")
+    parser.add_argument("--prompt", metavar="N", type=int, help="its row in the data set")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--worst", metavar="K", type=_count, help="those of the K lowest rewards")
+    some.add_argument("--best", metavar="K", type=_count, help="those of the K highest rewards")
+    some.add_argument("--html", metavar="FILE", help="write a page, which sorts and filters itself")
+    parser.add_argument("--limit", metavar="K", type=_count, default=32, help="at most K of a step")
+    parser.add_argument(
+        "--strategic-grams", metavar="FILE", help="mark planning tokens: a gram per line"
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="default: that of the run")
+
+
+def _count(text: str) -> int:
+    """A number from 1 up."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
+    return int(text)
+
+
+def _add_bed(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "bed",
+        help="make the tiny reasoning model and data of the demo",
+        description="Make the chain-sum bed: a base model, training and held-out prompts.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="where it goes")
+
+
+def _add_policy(parser: Parser, *, action: str, default: str | None) -> None:
+    several = "; repeatable" if action == "append" else ""
+    parser.add_argument(
+        "--policy",
+        metavar="full|layer=N",
+        action=action,
+        default=default,
+        help=f"layers count from 1{several}",
+    )
+    parser.add_argument(
+        "--read-out-norm",
+        action="store_true",
+        help="apply the final norm before unembedding an internal layer",
+    )
+
+
+def _add_overrides(parser: Parser) -> None:
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="settings by dotted key, the value in YAML; later ones win",
+    )
