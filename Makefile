@@ -7,6 +7,9 @@ RUN_DIR ?= runs/demo
 SGLANG_PYTHON ?= python3.11
 SGLANG_VENV ?= .venv-sglang
 
+# Tests run side by side in this many processes, files whole.
+WORKERS ?= 2
+
 BIN := $(VENV)/bin
 VERSION = $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
 PINS = $(wildcard constraints/py$(VERSION).txt)
@@ -33,10 +36,10 @@ demo: install
 	@$(BIN)/megatron-bupo train --config conf/demo.yaml run_dir=$(RUN_DIR)
 
 test: install-dev
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: install-dev
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-sglang: install-dev install-sglang
 	@MEGATRON_BUPO_SGLANG_PYTHON=$(abspath $(SGLANG_VENV)/bin/python) \

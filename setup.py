@@ -43,7 +43,7 @@ EXTRAS = {
     # what tools/bench_peers.py compares with: it calls functions that are TRL's own business
     "bench": ["trl>=1.16,<1.17"],
     # mbridge is a second implementation of weight conversion, to compare with.
-    "test": ["pytest>=8", "pytest-timeout", "mbridge==0.15.1"],
+    "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "mbridge==0.15.1"],
     "dev": ["ruff>=0.17", "basedpyright>=1.40", "pre-commit"],
 }
 
