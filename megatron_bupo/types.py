@@ -19,7 +19,7 @@ before it, and is defined where `response_mask[i, t]` is True; elsewhere it is 0
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -92,6 +92,13 @@ class Grade:
 
     reward: float
     warning: str | None = None
+    # The terms of a composed reward by name, before they are weighed; none of a single function
+    components: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def correctness(self) -> float:
+        """Is the response right? What accuracy counts: the first term, or else the reward."""
+        return next(iter(self.components.values()), self.reward)
 
 
 @dataclass(frozen=True)
