@@ -133,13 +133,12 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Any]:
 
 
 def _heads(fields: Mapping[str, Any], wanted: int | None) -> Heads:
-    heads = fields["llama.attention.head_count"]
-    kv_heads = fields["llama.attention.head_count_kv"]
-    wanted = kv_heads if wanted is None else wanted
-    if wanted < kv_heads:
-        reason = f"the model has {kv_heads}, and heads can only be added"
-        raise InputError(f"--kv-heads {wanted}", reason, f"choose {kv_heads} or more")
-    return Heads(heads, kv_heads, fields["llama.rope.dimension_count"], wanted)
+    own = fields["llama.attention.head_count_kv"]
+    if wanted is not None and wanted < own:
+        reason = f"the model has {own}, and heads can only be added"
+        raise InputError(f"--kv-heads {wanted}", reason, f"choose {own} or more")
+    heads, head_dim = fields["llama.attention.head_count"], fields["llama.rope.dimension_count"]
+    return Heads(heads, own, head_dim, wanted or own)
 
 
 def write_config(out: Path, fields: Mapping[str, Any], heads: Heads) -> None:
