@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from megatron_bupo.config import algorithm_rules, rollout_rules, server_rules
 from megatron_bupo.config.debug_rules import check_debug
+from megatron_bupo.config.evaluation_rules import check_evaluation
 from megatron_bupo.config.internal_layout_rules import (
     check_internal_layout,
     check_internal_layout_against_model,
@@ -101,7 +102,7 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     _stages_go_bottom_up(config)
     check_parallel(config)
     check_timeouts(config)
-    _evaluation_has_data(config)
+    check_evaluation(config)
     check_debug(config)
     refuse_owned_keys(config.megatron)
     layout = parallel_sizes(config, world_size)
@@ -221,15 +222,6 @@ def _training_has_data(config: Config) -> None:
         )
 
 
-def _evaluation_has_data(config: Config) -> None:
-    if config.evaluation.every and config.data.eval is None:
-        raise InputError(
-            f"evaluation.every={config.evaluation.every}",
-            "there is nothing to evaluate on",
-            "set data.eval, or evaluation.every=0",
-        )
-
-
 def _minibatches_divide(config: Config) -> None:
     """A step's prompts split evenly into minibatches; ranks and micro-batches take any number."""
     prompts, minibatches = config.rollout.prompts_per_step, config.algorithm.minibatches
@@ -268,15 +260,18 @@ def _layers_are_internal(config: Config, layers: int) -> None:
 
 
 def _sequences_fit(config: Config, model: ModelSizes) -> None:
-    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
     room, whose = model.max_positions, f"the model's {model.max_positions} positions"
     if config.rollout.engine == "sglang":  # see rollout/client.py
         room, whose = room - 2, f"{whose}, of which SGLang keeps 2 free"
-    if prompt + response > room:
-        raise InputError(
-            f"data.max_prompt_tokens={prompt}, rollout.max_response_tokens={response}",
-            f"together exceed {whose}",
-            f"choose rollout.max_response_tokens={room - prompt}"
-            if prompt < room
-            else f"choose data.max_prompt_tokens < {room}",
-        )
+    prompt, asked = config.data.max_prompt_tokens, {"rollout": config.rollout.max_response_tokens}
+    if config.evaluation.every:
+        asked["evaluation"] = config.evaluation.max_response_tokens or 0
+    for section, response in asked.items():
+        if prompt + response > room:
+            raise InputError(
+                f"data.max_prompt_tokens={prompt}, {section}.max_response_tokens={response}",
+                f"together exceed {whose}",
+                f"choose {section}.max_response_tokens={room - prompt}"
+                if prompt < room
+                else f"choose data.max_prompt_tokens < {room}",
+            )
