@@ -157,6 +157,12 @@ def _servers_share_gpus_by_turns(config: Config) -> None:
             "only the memory of CUDA devices can be given back and taken again",
             "set rollout.colocated=false",
         )
+    if config.sync.mode == "broadcast":
+        raise InputError(
+            "rollout.colocated=true with sync.mode=broadcast",
+            "NCCL connects no two processes that share a GPU",
+            "set sync.mode=ipc",
+        )
     if rollout.max_staleness:
         raise InputError(
             f"rollout.colocated=true, rollout.max_staleness={rollout.max_staleness}",

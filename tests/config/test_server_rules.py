@@ -116,14 +116,19 @@ def test_options_that_are_ours_to_set_are_refused_with_the_way_out(option: str, 
             ("rollout.max_staleness=1",),
             "rollout.colocated=true, rollout.max_staleness=1: servers without their memory cannot",
         ),
+        (
+            ("sync.mode=broadcast",),
+            "rollout.colocated=true with sync.mode=broadcast: NCCL connects no two processes",
+        ),
     ],
 )
 def test_gpus_are_shared_with_servers_of_ours_that_wait_while_we_train(
     settings: tuple[str, ...], start: str, packages: Path
 ):
     env = f"servers.env.PYTHONPATH={packages}"
-    check(config_of(env, "rollout.colocated=true"), None)
-    assert refusal("rollout.colocated=true", *settings).startswith(start)
+    shared = ("rollout.colocated=true", "sync.mode=http")
+    check(config_of(env, *shared), None)
+    assert refusal(*shared, *settings).startswith(start)
 
 
 def test_ranks_that_share_memory_are_as_many_as_those_of_the_servers(packages: Path):
