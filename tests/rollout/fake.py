@@ -9,7 +9,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_bupo.rollout.processes import free_port
 
 FAKE = Path(__file__).parents[1] / "fake_sglang"  # goes first in PYTHONPATH
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -87,13 +88,6 @@ def fake_server(model: Path, log: Path, *options: str, **faults: Any) -> Iterato
         yield server
     finally:
         server.kill()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def _die_with_parent() -> None:
