@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "data": {"types", "config", "errors"},
     "rewards": {"types", "config", "errors", "collective", "progress"},
     "rollout": {"types", "config", "errors", "collective", "progress", "hf", "algorithm"},
-    "evaluation": {"types", "config", "rewards", "rollout"},
+    "evaluation": {"types", "config", "errors", "hf", "rewards", "rollout"},
     "mcore": {"types", "config", "errors", "progress", "checkpoints", "algorithm", "hf"},
     "record": {"types", "config", "errors", "progress", "algorithm"},
     "bed": {"types", "config", "errors", "data", "hf"},
@@ -43,12 +43,14 @@ ON_TOP = {
     "train",
     "score",
     "generate",
+    "evaluate",
     "replay",
     "rollout_only",
     "arguments",
     "cli",
     "commands",
     "preflight",
+    "verification",
     "launch",
 }
 

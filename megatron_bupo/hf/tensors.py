@@ -1,38 +1,30 @@
 """Which tensors should the checkpoint hold, and which does it? Answered from safetensors headers,
 without torch.
 
-A safetensors file is 8 bytes of header length (little-endian), a JSON header `{name: {dtype,
-shape, data_offsets}}` and the data. Reading the headers costs milliseconds whatever the size of
-the model, so a config.json that belongs to other weights, or a download that broke off, is found
-before anything starts.
+Reading the headers costs milliseconds whatever the size of the model, so a config.json that belongs
+to other weights, or a download that broke off, is found before anything starts.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_bupo.errors import InputError
-from megatron_bupo.hf.architecture import Architecture, existing_directory, read_json_object
+from megatron_bupo.hf.architecture import (
+    Architecture,
+    DecoderSizes,
+    existing_directory,
+    read_json_object,
+)
+from megatron_bupo.hf.headers import Shape, StoredTensor, stored_tensors
 
 SINGLE_FILE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
+UNEMBEDDING = "lm_head.weight"
 FUSED_EXPERTS = "mlp.experts.gate_up_proj"
 TRAINABLE_DTYPES = {"F64", "F32", "F16", "BF16"}
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor on disk: its file, dtype (as safetensors names it, e.g. BF16) and shape."""
-
-    file: Path
-    dtype: str
-    shape: Shape
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ def expected_tensors(arch: Architecture) -> dict[str, Shape]:
             shapes[f"model.layers.{layer}.{name}"] = shape
     shapes["model.norm.weight"] = (arch.hidden_size,)
     if not arch.tied:
-        shapes["lm_head.weight"] = (arch.vocab_size, arch.hidden_size)
+        shapes[UNEMBEDDING] = (arch.vocab_size, arch.hidden_size)
     return shapes
 
 
@@ -98,24 +90,35 @@ def read_index(model_dir: str | Path) -> CheckpointIndex:
     """What the safetensors files of `model_dir` hold, one file or shards."""
     folder = existing_directory(model_dir)
     if (folder / SINGLE_FILE).exists():
-        return CheckpointIndex(folder, _stored_tensors(folder / SINGLE_FILE))
+        return CheckpointIndex(folder, stored_tensors(folder / SINGLE_FILE))
     index = folder / SHARD_INDEX
     if not index.exists():
         raise _without_safetensors(folder)
     weight_map = read_json_object(index).get("weight_map")
     if not (isinstance(weight_map, dict) and all(isinstance(f, str) for f in weight_map.values())):
         raise InputError(str(index), "has no weight_map", "download the checkpoint again")
-    shards = {}
-    for file in sorted(set(weight_map.values())):
-        if not (folder / file).exists():
-            reason = f"no such file, but {SHARD_INDEX} names it"
-            raise InputError(str(folder / file), reason, "download the checkpoint again")
-        shards[file] = _stored_tensors(folder / file)
+    shards = {file: _shard(folder, file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in shards[file]:
             reason = f"does not hold {name}, but {SHARD_INDEX} says so"
             raise InputError(str(folder / file), reason, "download the checkpoint again")
+    for file, name in ((file, name) for file, held in shards.items() for name in held):
+        if (named := weight_map.get(name)) != file:
+            place = f"says it is in {named}" if named else "does not name it"
+            reason = f"holds {name}, but {SHARD_INDEX} {place}"
+            raise InputError(str(folder / file), reason, "download the checkpoint again")
     return CheckpointIndex(folder, {name: shards[file][name] for name, file in weight_map.items()})
+
+
+def _shard(folder: Path, file: str) -> dict[str, StoredTensor]:
+    """The tensors of the file that the index of `folder` names."""
+    if Path(file).name != file:
+        reason = f"names the file {file!r}, which is not in its directory"
+        raise InputError(str(folder / SHARD_INDEX), reason, "download the checkpoint again")
+    if not (folder / file).is_file():
+        reason = f"no such file, but {SHARD_INDEX} names it"
+        raise InputError(str(folder / file), reason, "download the checkpoint again")
+    return stored_tensors(folder / file)
 
 
 def _without_safetensors(folder: Path) -> InputError:
@@ -129,40 +132,39 @@ def _without_safetensors(folder: Path) -> InputError:
     return InputError(str(folder), reason, "give the directory of a complete HF checkpoint")
 
 
-def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors that the header of the safetensors file `path` lists, all data present."""
-    header, data_bytes = _header(path)
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        try:
-            tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]))
-            missing = entry["data_offsets"][1] - data_bytes
-        except (LookupError, TypeError):
-            reason = f"is not a safetensors file: its header describes {name} as {entry}"
-            raise InputError(str(path), reason, "download it again") from None
-        if missing > 0:
-            reason = f"is truncated: the last {missing} bytes of {name} are missing"
-            raise InputError(str(path), reason, "download it again")
-    return tensors
+def exported_tensors(arch: DecoderSizes, model_dir: str | Path) -> dict[str, Shape]:
+    """HF name -> shape of what is written of `arch`; where our table does not know it, what its
+    checkpoint `model_dir` holds.
+    """
+    if isinstance(arch, Architecture):
+        return expected_tensors(arch)
+    stored = read_index(model_dir).tensors
+    return {name: tensor.shape for name, tensor in stored.items() if not is_harmless(name, arch)}
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and the number of bytes of data behind it."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            reason = f"is truncated or not a safetensors file: {size} bytes do not hold its header"
-            raise InputError(str(path), reason, "download it again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            header = None
-    if not isinstance(header, dict):
-        reason = "is not a safetensors file: its header is not a JSON object"
-        raise InputError(str(path), reason, "download it again")
-    return header, size - 8 - length
+def check_tied(index: CheckpointIndex) -> None:
+    """An unembedding that a tied model stores a second time is the embedding, byte for byte."""
+    embedding, copy = (
+        index.tensors.get(name) for name in ("model.embed_tokens.weight", UNEMBEDDING)
+    )
+    if embedding is None or copy is None:
+        return
+    same = (embedding.dtype, embedding.shape) == (copy.dtype, copy.shape)
+    if not (same and all(a == b for a, b in zip(_blocks(embedding), _blocks(copy), strict=True))):
+        raise InputError(
+            f"{copy.file}: {UNEMBEDDING}",
+            "is not the embedding, but config.json says tie_word_embeddings=true",
+            "set tie_word_embeddings to false in config.json if the model was trained so, or "
+            "remove the tensor",
+        )
+
+
+def _blocks(tensor: StoredTensor, block_bytes: int = 2**24) -> Iterator[bytes]:
+    """The data of `tensor`, piece by piece."""
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.begin)
+        for first in range(0, tensor.bytes, block_bytes):
+            yield file.read(min(block_bytes, tensor.bytes - first))
 
 
 def check_tensors(arch: Architecture, index: CheckpointIndex) -> None:
@@ -176,12 +178,14 @@ def check_tensors(arch: Architecture, index: CheckpointIndex) -> None:
                 "its experts are stacked in one tensor: save it again by transformers' "
                 "save_pretrained, which by default writes a tensor for each"
             )
-        if missing == ["lm_head.weight"]:
+        if missing == [UNEMBEDDING]:
             way_out = "if the model is tied, set tie_word_embeddings to true in config.json"
         raise InputError(
             f"{folder}: {_listed(missing)}", "config.json asks for it, no file holds it", way_out
         )
-    if unexpected := [name for name in found if name not in expected and not _harmless(name, arch)]:
+    if unexpected := [
+        name for name in found if name not in expected and not is_harmless(name, arch)
+    ]:
         raise InputError(
             f"{found[unexpected[0]].file}: {_listed(unexpected)}",
             f"no place for it in the {arch.layers}-layer {arch.family} model of config.json",
@@ -203,9 +207,9 @@ def check_tensors(arch: Architecture, index: CheckpointIndex) -> None:
             )
 
 
-def _harmless(name: str, arch: Architecture) -> bool:
+def is_harmless(name: str, arch: DecoderSizes) -> bool:
     """Old checkpoints store RoPE's frequencies; some store a tied unembedding a second time."""
-    return name.endswith("rotary_emb.inv_freq") or (arch.tied and name == "lm_head.weight")
+    return name.endswith("rotary_emb.inv_freq") or (arch.tied and name == UNEMBEDDING)
 
 
 def _listed(names: Iterable[str]) -> str:
