@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch.distributed as dist
 
 from megatron_bupo import checkpoints
 from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule, Policy, depth_of
 from megatron_bupo.config import Config, expand, flatten
-from megatron_bupo.engines import HELD_OUT, noise_seed
-from megatron_bupo.evaluation.accuracy import accuracy
+from megatron_bupo.evaluation.asking import Benchmark, Marks, ask, avg_at_k, measures
 from megatron_bupo.hf.architecture import DecoderSizes
+from megatron_bupo.hf.tensors import exported_tensors
 from megatron_bupo.hf.writer import write_checkpoint
 from megatron_bupo.mcore import checkpoint
 from megatron_bupo.mcore.phase_actor import ActorPlan, plan_actor
@@ -28,7 +29,7 @@ from megatron_bupo.rewards.grader import Grading
 from megatron_bupo.rollout.ahead import RolloutStream
 from megatron_bupo.rollout.engine import RolloutEngine
 from megatron_bupo.rollout.weights import StoredWeights, Together
-from megatron_bupo.types import Prompt, Sampling, Weights
+from megatron_bupo.types import Weights
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Run:
     engine: RolloutEngine
     grader: Grading
     rollouts: RolloutStream
-    held_out: Sequence[Prompt]
+    benchmarks: Sequence[Benchmark]
     schedule: PhaseSchedule
     journal: Journal
     skipped: SkippedUpdates
@@ -60,21 +61,23 @@ class Run:
     def __exit__(self, *error: object) -> None:
         self.closing.__exit__(*error)  # type: ignore[arg-type]
 
-    def evaluate(self, key: str) -> None:
-        """Note the accuracy on held-out prompts under `key`; the same noise each time, to
-        compare.
+    def evaluate(self, prefix: str = "eval/") -> None:
+        """Note the full policy's accuracy, the mean over benchmarks and, where they have names,
+        that of each.
         """
-        evaluation = self.config.evaluation
-        if not evaluation.every:
-            return
-        sampling = Sampling(
-            responses_per_prompt=evaluation.responses_per_prompt,
-            max_response_tokens=self.config.rollout.max_response_tokens,
-            temperature=evaluation.temperature,
-            seed=noise_seed(self.config.seed, HELD_OUT),
-        )
+        known: dict[str, float] = {}
+        accuracies: list[float] = []
         with self.journal.doing("evaluate"):
-            self.journal.note({key: accuracy(self.engine, self.grader, self.held_out, sampling)})
+            for benchmark in self.benchmarks:
+                size = self.config.evaluation.responses_per_batch
+                batches = ask(benchmark, self.engine, self.grader, responses_per_batch=size)
+                marks = [Marks.of(answered) for batch in batches for answered in batch]
+                accuracies.append(avg_at_k(marks))
+                known |= measures(benchmark, marks)
+        if not self.config.evaluation.benchmarks:
+            known = {}
+        known["accuracy_mean"] = fmean(accuracies)
+        self.journal.note({f"{prefix}{key}": value for key, value in known.items()})
 
     def warn(self, warnings: Sequence[str]) -> None:
         """Tell of what went wrong without stopping the run."""
@@ -151,6 +154,7 @@ class Run:
         model_dir, dtype = Path(expand(self.config.model.path)), self.config.model.dtype
         weights = iter(self.trainer.all_weights())
         if dist.get_rank() == 0:
-            write_checkpoint(self.run_dir / "hf", weights, like=model_dir, dtype=dtype)
+            shapes = exported_tensors(self.architecture, model_dir)
+            write_checkpoint(self.run_dir / "hf", weights, shapes, like=model_dir, dtype=dtype)
         for _ in weights:
             pass  # the other ranks do their part of the gathering

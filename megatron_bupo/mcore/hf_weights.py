@@ -157,13 +157,13 @@ def units(arch: DecoderSizes) -> list[Unit]:
     return ["embedding", *layers, "final_norm", *([] if arch.tied else ["unembedding"])]
 
 
-def unit_rows(unit: Unit, arch: Architecture) -> list[Row]:
-    """The rows of `unit` under their full HF names."""
+def unit_rows(unit: Unit, arch: Architecture, *, ep: int | None = None) -> list[Row]:
+    """The rows of `unit` under their full HF names; `ep`: None is what this rank's groups have."""
     if not unit.startswith("layer "):
         return [{"embedding": EMBEDDING, "final_norm": FINAL_NORM}.get(unit, UNEMBEDDING)]
     layer = int(unit.split()[1])
     prefix = f"model.layers.{layer - 1}."
-    rows = layer_rows(arch, layer, ep=mpu.get_expert_model_parallel_world_size())
+    rows = layer_rows(arch, layer, ep=ep or mpu.get_expert_model_parallel_world_size())
     return [replace(row, hf=tuple(prefix + name for name in row.hf)) for row in rows]
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_bupo.hf.tensors import expected_tensors
 from megatron_bupo.hf.writer import write_checkpoint
 from tests.mcore.actors import run_config, snapshot, start_trainer
 from tests.ranks import run_ranks
@@ -37,7 +38,8 @@ def _export(model_dir: Path, out: Path, dtype: str) -> dict[str, Tensor]:
     trainer = start_trainer(model_dir, config)
     weights = iter(trainer.all_weights())
     if dist.get_rank() == 0:
-        write_checkpoint(out, weights, like=model_dir, dtype=dtype, shard_bytes=20_000)
+        shapes = expected_tensors(trainer.arch)
+        write_checkpoint(out, weights, shapes, like=model_dir, dtype=dtype, shard_bytes=20_000)
     for _ in weights:
         pass  # the other ranks' part of the gathering
     return snapshot(trainer)
