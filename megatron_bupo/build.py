@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -16,9 +15,8 @@ from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule
 from megatron_bupo.config import Config, expand, flatten, to_yaml
 from megatron_bupo.config.checks import doubts
 from megatron_bupo.data.order import PromptStream
-from megatron_bupo.data.prompts import load_prompts
 from megatron_bupo.data.tokenizer import load_tokenizer
-from megatron_bupo.engines import prompt_stream, rollout_engine, sampling_at
+from megatron_bupo.engines import benchmarks, prompt_stream, rollout_engine, sampling_at
 from megatron_bupo.mcore import checkpoint, parallel
 from megatron_bupo.mcore.phase_actor import plan_actor
 from megatron_bupo.preflight import Preflight
@@ -31,10 +29,6 @@ from megatron_bupo.rewards.grader import Grader
 from megatron_bupo.rollout.ahead import RolloutStream
 from megatron_bupo.rollout.engine import RolloutEngine
 from megatron_bupo.run import Run
-from megatron_bupo.types import Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def build(ready: Preflight) -> Run:
@@ -66,7 +60,7 @@ def build(ready: Preflight) -> Run:
         journal = stack.enter_context(
             Journal(run_dir, config, first_step=first_step, speaks=dist.get_rank() == 0)
         )
-        _tell(journal, config, path)
+        _tell(journal, ready, path)
         prompts = replay or prompt_stream(config, tokenizer)
         run = Run(
             config=config,
@@ -76,7 +70,7 @@ def build(ready: Preflight) -> Run:
             engine=engine,
             grader=grader,
             rollouts=_rollouts(config, engine, prompts, schedule, first_step),
-            held_out=_held_out(config, tokenizer),
+            benchmarks=benchmarks(config, tokenizer) if config.evaluation.every else [],
             schedule=schedule,
             journal=journal,
             skipped=SkippedUpdates(config.optimizer.max_skipped_updates),
@@ -95,20 +89,13 @@ def build(ready: Preflight) -> Run:
         return run
 
 
-def _tell(journal: Journal, config: Config, path: Path | None) -> None:
+def _tell(journal: Journal, ready: Preflight, path: Path | None) -> None:
     """What there is to say at the start of a run that goes on from `path`, and its config."""
-    for note in [*_notes(config, path), *doubts(config)]:
+    config = ready.config
+    for note in [*_notes(config, path), *doubts(config), *ready.notes]:
         journal.say(note)
     if dist.get_rank() == 0:
         (Path(expand(config.run_dir)) / "config.yaml").write_text(to_yaml(config))
-
-
-def _held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The prompts to evaluate on."""
-    if not (config.data.eval and config.evaluation.every):
-        return []
-    prompts = load_prompts(config.data.eval, config.data, tokenizer)
-    return prompts[: config.evaluation.max_prompts]
 
 
 def _rollouts(

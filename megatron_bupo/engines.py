@@ -6,8 +6,11 @@ No Megatron here: who only samples starts without it.
 from __future__ import annotations
 
 import os
+import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,9 +21,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_bupo.config import Config, expand
+from megatron_bupo.config.evaluation_rules import benchmarks_of, max_response_tokens
 from megatron_bupo.config.timeouts import COLLECTIVE_TIMEOUT_S
 from megatron_bupo.data.order import PromptStream
-from megatron_bupo.data.prompts import load_prompts
+from megatron_bupo.data.prompts import load_prompts, load_training
+from megatron_bupo.errors import InputError
+from megatron_bupo.evaluation.asking import Benchmark
 from megatron_bupo.rollout.reading import stop_ids
 from megatron_bupo.rollout.sglang import Model, SGLangEngine
 from megatron_bupo.rollout.weights import StoredWeights
@@ -38,9 +44,11 @@ TRAINING, HELD_OUT = 0, 1  # streams of sampling noise
 
 def prompt_stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptStream:
     """What the steps of a run ask."""
-    assert config.data.train is not None, "checks.py asks for it"
+    benchmarks = [benchmark.data for benchmark in config.evaluation.benchmarks]
+    sources = load_training(config.data, tokenizer, benchmarks)
     return PromptStream(
-        load_prompts(config.data.train, config.data, tokenizer),
+        *(prompts for _, prompts in sources),
+        weights=[weight for weight, _ in sources],
         prompts_per_step=config.rollout.prompts_per_step,
         seed=config.seed,
         shuffle=config.data.shuffle,
@@ -57,6 +65,39 @@ def sampling_at(config: Config, step: int) -> Sampling:
         top_p=rollout.top_p,
         seed=noise_seed(config.seed, TRAINING, step),
     )
+
+
+def benchmarks(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Benchmark]:
+    """What evaluation asks, the same while training and after. Each time with the same noise, to
+    compare.
+    """
+    evaluation = config.evaluation
+    # All questions or none: the score of those that a filter leaves is another benchmark's
+    unfiltered = replace(config.data, max_prompt_tokens=sys.maxsize, bad_rows="refuse")
+    asked = []
+    for benchmark in benchmarks_of(config):
+        assert benchmark.responses_per_prompt is not None
+        assert benchmark.pass_at is not None
+        prompts = load_prompts(benchmark.data, unfiltered, tokenizer)[: evaluation.max_prompts]
+        longest = max(prompts, key=lambda prompt: len(prompt.input_ids))
+        if (tokens := len(longest.input_ids)) > config.data.max_prompt_tokens:
+            raise InputError(
+                f"data.max_prompt_tokens={config.data.max_prompt_tokens}",
+                f"row {longest.index + 1} of {benchmark.data} has {tokens} tokens, and evaluation "
+                "leaves out no question",
+                f"set data.max_prompt_tokens={tokens}",
+            )
+        # One of its own for each benchmark, whatever others there are
+        named = [zlib.crc32(benchmark.name.encode())] if evaluation.benchmarks else []
+        sampling = Sampling(
+            responses_per_prompt=benchmark.responses_per_prompt,
+            max_response_tokens=max_response_tokens(config),
+            temperature=evaluation.temperature,
+            top_p=evaluation.top_p,
+            seed=noise_seed(config.seed, HELD_OUT, *named),
+        )
+        asked.append(Benchmark(benchmark.name, prompts, sampling, benchmark.pass_at))
+    return asked
 
 
 def noise_seed(*keys: int) -> int:

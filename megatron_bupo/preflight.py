@@ -45,31 +45,41 @@ class Preflight:
     config: Config
     architecture: DecoderSizes
     layout: Layout
+    notes: tuple[str, ...] = ()  # what there is to say about the data
 
 
 def preflight(config: Config, world_size: int | None) -> Preflight:
     """Check everything; `world_size` ranks under torchrun, None where we start the ranks."""
     layout = check(config, world_size)
     architecture = check_files(config)
+    notes = check_data(config)
     check_resumption(config, architecture)
     _check_debugging(config, architecture)
     if config.megatron:
         from megatron_bupo.mcore.native import check_native
 
         check_native(config.megatron)
-    return Preflight(config, architecture, layout)
+    return Preflight(config, architecture, layout, notes)
 
 
 def check_files(config: Config) -> DecoderSizes:
-    """The model, its tokenizer, the data and the reward function exist and fit; without torch."""
-    from megatron_bupo.data.prompts import check_rows
+    """The model, its tokenizer and the reward function exist and fit; without torch."""
     from megatron_bupo.rewards.functions import resolve
 
     architecture = check_model(config)
     if config.debug.replay is None:
-        check_rows(config.data)
         resolve(config.reward.function)
     return architecture
+
+
+def check_data(config: Config) -> tuple[str, ...]:
+    """Every row of the data can be asked and graded; and what there is to say about the data."""
+    from megatron_bupo.data.prompts import check_rows
+
+    if config.debug.replay is not None:
+        return ()
+    benchmarks = [benchmark.data for benchmark in config.evaluation.benchmarks]
+    return tuple(check_rows(config.data, benchmarks))
 
 
 def check_model(config: Config, *, training: bool = True) -> DecoderSizes:

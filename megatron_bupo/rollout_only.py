@@ -37,6 +37,8 @@ def rollout_only(ready: Preflight) -> None:
         stack.callback(engine.close)
         speaks = collective.is_first()
         journal = stack.enter_context(Journal(run_dir, config, first_step=0, speaks=speaks))
+        for note in ready.notes:
+            journal.say(note)
         engine.wait_until_up(journal.say)
         if speaks:
             (run_dir / "config.yaml").write_text(to_yaml(config))

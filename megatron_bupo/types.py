@@ -30,13 +30,16 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. `index` is its row in the data set and identifies it for good."""
+    """One question. `index` is its row in the data and identifies it for good; the rows of a
+    mixture are counted through its sources.
+    """
 
     index: int
     input_ids: tuple[int, ...]
     answer: str
     text: str
     row: Mapping[str, Any] | None = None  # the whole data row, for reward functions that ask for it
+    source: str | None = None  # of a mixture: the name of the one that it is from
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from megatron_bupo.launch.local import (
     under_torchrun,
 )
 from megatron_bupo.launch.lock import hold
-from megatron_bupo.preflight import check_files, check_model, preflight, prepare
+from megatron_bupo.preflight import check_data, check_files, check_model, preflight, prepare
 
 GROUPS_SHOWN = 4
 
@@ -71,6 +71,7 @@ def dry_run(config: Config, layout: Layout) -> str:
     notes = []
     if config.prepare is None:
         layers = check_files(config).layers
+        notes = [*check_data(config)]
     elif Path(expand(config.model.path)).is_dir():
         layers = check_model(config).layers
     else:

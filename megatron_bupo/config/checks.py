@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 
 from megatron_bupo.config import algorithm_rules, rollout_rules, server_rules
+from megatron_bupo.config.data_rules import check_data
 from megatron_bupo.config.debug_rules import check_debug
 from megatron_bupo.config.evaluation_rules import check_evaluation
 from megatron_bupo.config.internal_layout_rules import (
@@ -103,11 +104,11 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     check_parallel(config)
     check_timeouts(config)
     check_evaluation(config)
+    check_data(config, training=training)
     check_debug(config)
     refuse_owned_keys(config.megatron)
     layout = parallel_sizes(config, world_size)
     if training:
-        _training_has_data(config)
         _responses_are_drawn(config)
         _groups_can_be_compared(config)
         check_rollout(config)
@@ -213,13 +214,6 @@ def _stages_go_bottom_up(config: Config) -> None:
                 "order the stages by layer",
             )
         below = stage.layer
-
-
-def _training_has_data(config: Config) -> None:
-    if config.data.train is None:
-        raise InputError(
-            "data.train", "has no value", "set it in the YAML file or as data.train=..."
-        )
 
 
 def _minibatches_divide(config: Config) -> None:

@@ -11,6 +11,7 @@ class SourceConfig:
     """One source of a mixture; what is null is as `data` has it."""
 
     path: str = "???"  # as data.train
+    name: str | None = None  # in metrics; None: that of the file
     weight: float = 1.0  # its share of the prompts, relative to the other sources'
     prompt_column: str | None = None
     answer_column: str | None = None

@@ -1,19 +1,25 @@
-"""From data rows to prompts: what to ask, in tokens, and what the answer is.
-
-A prompt column holds a string or a list of chat messages. Messages go through the tokenizer's chat
-template; strings are tokenised as they stand, without special tokens, unless
-`data.chat_template=true` makes them one user message. `data.system_prompt` comes first: as the
-system message (in place of one that the row brings), or as text in front of a plain string.
-"""
+"""From questions to prompts: the text that the model reads, in tokens, and what the answer is."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from megatron_bupo.config.schema import DataConfig
-from megatron_bupo.data.rows import Row, read_rows
+from megatron_bupo.data.questions import Question
+from megatron_bupo.data.rows import Row
+from megatron_bupo.data.sources import (
+    Part,
+    Source,
+    evaluation_source,
+    read_part,
+    settle,
+    training_parts,
+    understood,
+)
 from megatron_bupo.errors import InputError
 from megatron_bupo.types import Prompt
 
@@ -22,19 +28,33 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Question = str | list[dict[str, str]]
-
-# What columns are usually called, the likelier first
-PROMPT_COLUMNS = ("prompt", "question", "problem")
-ANSWER_COLUMNS = ("answer", "reward_model.ground_truth", "ground_truth", "final_answer")
+Benchmarks = Sequence[str]  # the data that is evaluated on, as paths
 
 
-def check_rows(data: DataConfig) -> None:
-    """Every row of the train and eval data has a prompt and an answer. Needs no tokenizer."""
-    for key, source in (("data.train", data.train), ("data.eval", data.eval)):
-        for row in read_rows(source, key=key) if source else ():
-            _question(row, data)
-            _answer(row, data)
+def check_rows(data: DataConfig, benchmarks: Benchmarks = ()) -> list[str]:
+    """Every row of the training data and the benchmarks has a question and an answer, and what
+    there is to say about them, by the rules of `sources.py`. Needs no tokenizer.
+    """
+    return training_parts(data, _evaluation(data, benchmarks))[1]
+
+
+def load_training(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, benchmarks: Benchmarks = ()
+) -> list[tuple[float, list[Prompt]]]:
+    """The prompts of each training source, with its weight.
+
+    `Prompt.index` counts the rows of all sources, one after the other; so it says the same whatever
+    is dropped.
+    """
+    # who only warns has done so before the run began
+    evaluation = _evaluation(data, benchmarks) if data.contamination == "drop" else []
+    parts, _ = training_parts(data, evaluation)
+    first, loaded = 0, []
+    for part in parts:
+        prompts = encode(part, data, tokenizer, first_index=first)
+        loaded.append((part.source.weight, prompts))
+        first += part.rows
+    return loaded
 
 
 def load_prompts(
@@ -44,7 +64,8 @@ def load_prompts(
 
     `answers=False`: rows need none, and prompts have "" for it.
     """
-    return as_prompts(list(read_rows(source)), source, data, tokenizer, answers=answers)
+    part, bad = read_part(evaluation_source(source, data), data, answers=answers)
+    return _settled(part, bad, data, tokenizer)
 
 
 def as_prompts(
@@ -56,116 +77,125 @@ def as_prompts(
     answers: bool,
 ) -> list[Prompt]:
     """The prompts of `rows`, which come from `source`; as `load_prompts`."""
-    texts = [_text(row, data, tokenizer) for row in rows]
-    encoded = _encode(rows, texts, tokenizer)
-    prompts = [
-        Prompt(row.index, tuple(ids), _answer(row, data) if answers else "", text, row.values)
-        for row, text, ids in zip(rows, texts, encoded, strict=True)
-        if len(ids) <= data.max_prompt_tokens
-    ]
-    limit = f"data.max_prompt_tokens={data.max_prompt_tokens}"
+    part, bad = understood(rows, evaluation_source(source, data), data, answers=answers)
+    return _settled(part, bad, data, tokenizer)
+
+
+def _settled(
+    part: Part, bad: list[InputError], data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[Prompt]:
+    for note in settle(bad, part.rows, skip=data.bad_rows == "skip"):
+        _warn(note)
+    return encode(part, data, tokenizer)
+
+
+def _evaluation(data: DataConfig, benchmarks: Benchmarks) -> list[Source]:
+    named = [("evaluation.benchmarks.data", path) for path in dict.fromkeys(benchmarks)]
+    if data.eval is not None:
+        named.append(("data.eval", data.eval))
+    return [evaluation_source(path, data, key=key) for key, path in named]
+
+
+def encode(
+    part: Part, data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, first_index: int = 0
+) -> list[Prompt]:
+    """The prompts of `part` that are short enough, with their rows counted from `first_index`."""
+    _look_at_template(part.questions, data, tokenizer)
+    bad: list[InputError] = []
+    prompts, lengths = [], []
+    for question, text, ids in _encoded(part.questions, data, tokenizer, bad):
+        lengths.append(len(ids))
+        if len(ids) <= data.max_prompt_tokens:
+            row, index = question.row, first_index + question.row.index
+            answer, name = question.answer, part.source.name
+            prompts.append(Prompt(index, tuple(ids), answer, text, row.values, name))
+    for note in settle(bad, len(part.questions), skip=data.bad_rows == "skip"):
+        _warn(note)
+    limit, path = f"data.max_prompt_tokens={data.max_prompt_tokens}", part.source.path
     if not prompts:
-        shortest = min(len(ids) for ids in encoded)
-        reason = (
-            f"all {len(rows)} prompts of {source} are longer, the shortest has {shortest} tokens"
-        )
-        raise InputError(limit, reason, "raise it")
-    if len(prompts) < len(rows):
-        dropped = len(rows) - len(prompts)
-        log.warning("%s: dropped %d of %d prompts of %s", limit, dropped, len(rows), source)
+        reason = f"all {len(lengths)} prompts of {path} are longer, the shortest has {min(lengths)}"
+        raise InputError(limit, f"{reason} tokens", "raise it")
+    if len(prompts) < len(lengths):
+        dropped = len(lengths) - len(prompts)
+        _warn(f"{limit}: dropped {dropped} of {len(lengths)} prompts of {path}")
     return prompts
 
 
-def _question(row: Row, data: DataConfig) -> Question:
-    """A plain string, or chat messages with the system prompt in place."""
-    path = _path(row, data.prompt_column, PROMPT_COLUMNS)
-    asked = _column(row, "prompt_column", path)
-    key = f"data.prompt_column={path}"
-    if isinstance(asked, str) and asked:
-        if not data.chat_template:
-            return f"{data.system_prompt or ''}{asked}"
-        asked = [{"role": "user", "content": asked}]
-    elif not (isinstance(asked, list) and asked and all(map(_is_message, asked))):
-        reason = f"{key} is neither text nor a list of {{role, content}} messages but {asked!r:.80}"
-        raise InputError(row.where, reason, "mend the row or choose another column")
-    elif data.chat_template is False:
-        reason = "cannot be: the prompts are chat messages"
-        raise InputError(
-            "data.chat_template=false", reason, f"unset it, or choose a text for {key}"
-        )
-    if data.system_prompt is None:
-        return asked
-    rest = asked[1:] if asked[0]["role"] == "system" else asked
-    return [{"role": "system", "content": data.system_prompt}, *rest]
-
-
-def _answer(row: Row, data: DataConfig) -> str:
-    path = _path(row, data.answer_column, ANSWER_COLUMNS)
-    return str(_column(row, "answer_column", path))
-
-
-def _path(row: Row, named: str | None, usual: Sequence[str]) -> str:
-    """The column that is named, else the first of the usual ones that `row` has."""
-    if named is not None:
-        return named
-    columns = row.columns()
-    return next((path for path in usual if path in columns), usual[0])
-
-
-def _column(row: Row, key: str, path: str) -> Any:
-    try:
-        value = row.get(path)
-    except KeyError:
-        reason = f"has no column {path!r}"
-    else:
-        if value is not None:
-            return value
-        reason = f"has nothing in column {path!r}"
-    way_out = f"mend the row or set data.{key}=... to one of {', '.join(row.columns())}"
-    raise InputError(row.where, reason, way_out)
-
-
-def _is_message(message: Any) -> bool:
-    if not isinstance(message, Mapping):
-        return False
-    return isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-
-
-def _text(row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the model reads, before tokenisation."""
-    question = _question(row, data)
-    if isinstance(question, str):
-        return question
-    if tokenizer.chat_template is None:
+def _look_at_template(
+    questions: Sequence[Question], data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Chat messages have a template, and it reads what it is given."""
+    if all(isinstance(question.prompt, str) for question in questions):
+        return
+    template = tokenizer.chat_template
+    if template is None:
         reason = "has no chat template, which chat messages need"
         way_out = "name a tokenizer that has one, or prompts that are plain text"
         raise InputError(f"model.tokenizer={tokenizer.name_or_path}", reason, way_out)
+    for name in data.chat_template_kwargs:
+        if not re.search(rf"\b{re.escape(str(name))}\b", str(template)):
+            _warn(f"data.chat_template_kwargs.{name}: the tokenizer's chat template has no {name}")
+
+
+def _encoded(
+    questions: Sequence[Question],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    bad: list[InputError],
+) -> Iterator[tuple[Question, str, list[int]]]:
+    """Each question with its text and tokens; those that have none go to `bad`."""
+    rendered: list[tuple[Question, str]] = []
+    for question in questions:
+        try:
+            rendered.append((question, _text(question, data, tokenizer)))
+        except InputError as error:
+            bad.append(error.with_traceback(None))
+    encoded = _tokens(rendered, tokenizer)
+    for (question, text), ids in zip(rendered, encoded, strict=True):
+        if isinstance(ids, InputError):
+            bad.append(ids)
+        elif not ids:
+            where, reason = question.row.where, "the tokenizer leaves nothing of its prompt"
+            bad.append(InputError(where, reason, "mend the row, or see model.tokenizer"))
+        else:
+            yield question, text, ids
+
+
+def _text(question: Question, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the model reads, before tokenisation."""
+    if isinstance(question.prompt, str):
+        return question.prompt
     try:
         rendered = tokenizer.apply_chat_template(
-            question, tokenize=False, add_generation_prompt=True, **data.chat_template_kwargs
+            list(question.prompt),  # type: ignore[arg-type]
+            tokenize=False,
+            add_generation_prompt=True,
+            **data.chat_template_kwargs,
         )
     except Exception as error:  # templates raise what they like
         reason = f"the chat template does not take these messages ({error})"
-        raise InputError(
-            row.where, reason, "see data.system_prompt and chat_template_kwargs"
-        ) from error
+        way_out = "see data.system_prompt and data.chat_template_kwargs"
+        raise InputError(question.row.where, reason, way_out) from error
     return str(rendered)
 
 
-def _encode(
-    rows: list[Row], texts: list[str], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    """The tokens that `apply_chat_template(tokenize=True)` gives, for all texts at once."""
+def _tokens(
+    rendered: Sequence[tuple[Question, str]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int] | InputError]:
+    """What `apply_chat_template(tokenize=True)` gives, for all texts at once."""
+    if not rendered:
+        return []
     try:
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return tokenizer([text for _, text in rendered], add_special_tokens=False)["input_ids"]
     except Exception as error:  # a vocabulary without an unknown token meets an unknown character
-        if len(rows) == 1:
-            reason = f"the tokenizer cannot encode its prompt ({error})"
-            raise InputError(
-                rows[0].where, reason, "mend the row, or see model.tokenizer"
-            ) from error
-        return [_encode([row], [text], tokenizer)[0] for row, text in zip(rows, texts, strict=True)]
-    for row, ids in zip(rows, encoded, strict=True):
-        if not ids:
-            raise InputError(row.where, "the tokenizer leaves nothing of its prompt")
-    return encoded
+        if len(rendered) > 1:
+            return [_tokens([one], tokenizer)[0] for one in rendered]
+        reason = f"the tokenizer cannot encode its prompt ({error})"
+        way_out = "mend the row, or see model.tokenizer"
+        return [InputError(rendered[0][0].row.where, reason, way_out)]
+
+
+def _warn(text: str) -> None:
+    """Say it once, not on every rank."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning(text)

@@ -131,7 +131,7 @@ GOOD = {"prompt": "1+2=", "answer": "3", "extra": {"truth": "3"}}
         ({"answer": "3"}, "has no column 'prompt'; mend the row or set data.prompt_column=..."),
         ({**GOOD, "answer": None}, "has nothing in column 'answer'"),
         ({**GOOD, "prompt": None}, "has nothing in column 'prompt'"),
-        ({**GOOD, "prompt": ""}, "data.prompt_column=prompt is neither text nor a list"),
+        ({**GOOD, "prompt": ""}, "column 'prompt' is empty"),
         ({**GOOD, "prompt": []}, "is neither text nor a list"),
         ({**GOOD, "prompt": 3}, "is neither text nor a list of {role, content} messages but 3"),
         ({**GOOD, "prompt": ["1+2="]}, "is neither text nor a list"),
@@ -155,7 +155,7 @@ def test_good_rows_pass_the_check(write) -> None:
 
 def test_chat_messages_need_a_chat_template(write, tokenizer) -> None:
     source = write({"prompt": MESSAGES, "answer": "3"})
-    with pytest.raises(InputError, match=r"^data.chat_template=false: .*chat messages"):
+    with pytest.raises(InputError, match=r"row 1 .*chat messages, and data.chat_template=false"):
         check_rows(DataConfig(train=source, chat_template=False))
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(InputError, match="has no chat template"):
@@ -163,7 +163,7 @@ def test_chat_messages_need_a_chat_template(write, tokenizer) -> None:
 
 
 def test_messages_that_the_template_refuses_are_named_by_row(write, tokenizer) -> None:
-    source = write({"prompt": MESSAGES, "answer": "3"}, {"prompt": chat("tool 3"), "answer": "3"})
+    source = write({"prompt": MESSAGES, "answer": "3"}, {"prompt": chat("user 1", "tool 3"), "answer": "3"})
     with pytest.raises(InputError, match=r"row 2 \(line 2\): .*\(no tools here\)"):
         load_prompts(source, DataConfig(), tokenizer)
 
