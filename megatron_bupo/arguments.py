@@ -27,6 +27,7 @@ def parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"megatron-bupo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_eval(commands)
     _add_generate(commands)
     _add_score(commands)
     _add_rollouts(commands)
@@ -48,6 +49,30 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> None:
         "--dry-run",
         action="store_true",
         help="print the resolved config and the layout, and start nothing",
+    )
+    _add_overrides(parser)
+
+
+def _add_eval(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="Avg@k and Pass@k of a model on a suite of benchmarks",
+        description="Ask a model the questions of evaluation.benchmarks as evaluation.*, data.*, "
+        "rollout.engine, servers.* and sglang.* say, and grade by reward.*. Stopped, the same "
+        "command goes on.",
+        epilog="example: megatron-bupo eval --model DIR --suite conf/eval/paper.yaml --beside "
+        "Qwen3-4B rollout.engine=sglang servers.count=8",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model", metavar="DIR", help="HF checkpoint or run_dir of a finished run, as model.path"
+    )
+    parser.add_argument(
+        "--suite", metavar="FILE", help="YAML whose evaluation.benchmarks names them"
+    )
+    parser.add_argument("--out", metavar="DIR", help="default: runs/eval/MODEL-SUITE")
+    parser.add_argument(
+        "--beside", metavar="MODEL", help="show the paper's results; default: by the model's name"
     )
     _add_overrides(parser)
 

@@ -19,6 +19,7 @@ from megatron_bupo.launch.local import RankFailed, Terminated
 
 COMMANDS = {  # name -> module with `run(args)`, imported when it is the one that was asked for
     "train": "megatron_bupo.commands.train",
+    "eval": "megatron_bupo.commands.evaluate",
     "generate": "megatron_bupo.commands.generate",
     "score": "megatron_bupo.commands.score",
     "rollouts": "megatron_bupo.commands.rollouts",

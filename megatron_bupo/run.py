@@ -67,6 +67,7 @@ class Run:
         """
         known: dict[str, float] = {}
         accuracies: list[float] = []
+        warnings: set[str] = set()
         with self.journal.doing("evaluate"):
             for benchmark in self.benchmarks:
                 size = self.config.evaluation.responses_per_batch
@@ -74,10 +75,12 @@ class Run:
                 marks = [Marks.of(answered) for batch in batches for answered in batch]
                 accuracies.append(avg_at_k(marks))
                 known |= measures(benchmark, marks)
+                warnings |= {w for question in marks for w in question.warnings if w}
         if not self.config.evaluation.benchmarks:
             known = {}
         known["accuracy_mean"] = fmean(accuracies)
         self.journal.note({f"{prefix}{key}": value for key, value in known.items()})
+        self.warn(sorted(warnings))
 
     def warn(self, warnings: Sequence[str]) -> None:
         """Tell of what went wrong without stopping the run."""

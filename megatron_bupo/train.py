@@ -50,8 +50,8 @@ def train_step(run: Run, step: int) -> None:
     config, journal, trainer = run.config, run.journal, run.trainer
     policy = run.schedule.policy_at(step)
     with journal.step(step, policy):
-        if step == 0:
-            run.evaluate("eval/initial_accuracy_mean")
+        if step == 0 and config.evaluation.every:
+            run.evaluate("eval/initial_")
         if run.schedule.begins_at(step):
             trainer.begin_phase()
         with journal.doing("generate"):
@@ -78,7 +78,7 @@ def train_step(run: Run, step: int) -> None:
         journal.note(measures.update_measures(updates, lr))
         run.warn(measures.warnings_of(grades))
         if config.evaluation.every and (step + 1) % config.evaluation.every == 0:
-            run.evaluate("eval/accuracy_mean")
+            run.evaluate()
 
 
 def must_compare(step: int, policy: Policy, config: Config) -> bool:

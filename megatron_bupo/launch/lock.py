@@ -22,9 +22,9 @@ POLL_S = 0.05
 
 
 @contextmanager
-def hold(run_dir: Path, *, patience_s: float = 10.0) -> Iterator[None]:
-    """Make `run_dir` and hold it inside the block; a killed run's ranks have `patience_s` seconds
-    to end.
+def hold(run_dir: Path, *, key: str = "run_dir=", patience_s: float = 10.0) -> Iterator[None]:
+    """Make `run_dir`, which the user named as `key`, and hold it inside the block; a killed run's
+    ranks have `patience_s` seconds to end.
 
     Raises:
         InputError: the directory cannot be made, or another process holds it.
@@ -34,15 +34,15 @@ def hold(run_dir: Path, *, patience_s: float = 10.0) -> Iterator[None]:
         file = (run_dir / FILE).open("a+")
     except OSError as error:
         reason = f"cannot be written to ({error.strerror})"
-        raise InputError(f"run_dir={run_dir}", reason, "choose another run_dir") from None
+        raise InputError(f"{key}{run_dir}", reason, "choose another directory") from None
     with file:
         deadline = time.monotonic() + patience_s
         while not _locked(file):
             if time.monotonic() > deadline:
                 file.seek(0)
                 reason = f"another run is writing to it (process {file.read().strip()})"
-                way_out = "wait for it, end it, or choose another run_dir"
-                raise InputError(f"run_dir={run_dir}", reason, way_out)
+                way_out = "wait for it, end it, or choose another directory"
+                raise InputError(f"{key}{run_dir}", reason, way_out)
             time.sleep(POLL_S)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

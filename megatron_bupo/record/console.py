@@ -41,7 +41,7 @@ TREND_STEPS = 32  # how far back the sparklines look
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-class _Console(Console):
+class Terminal(Console):
     """A console that nobody has to read: `train | head` ends the reading, not the run."""
 
     def on_broken_pipe(self) -> None:
@@ -65,7 +65,7 @@ class Display:
         """`history`: records of earlier steps, on resume. `live=False`: lines in terminals too."""
         self._steps, self._title, self._records = steps, title, list(history)
         self._on = on
-        self._console = console or _Console(highlight=False)
+        self._console = console or Terminal(highlight=False)
         self._activity, self._since, self._start = "", time.monotonic(), time.monotonic()
         self._resumed_at = len(self._records)
         self._policy = ""
