@@ -2,9 +2,8 @@
 
 transformers 4 and 5 write the same facts under different names (`rope_theta` and `rope_scaling`
 against `rope_parameters`, `torch_dtype` against `dtype`) and leave out what equals their class's
-default, so the defaults of transformers' config classes stand here too. A feature that would
-change the numbers and that the actor does not compute (YaRN, sliding windows, other activations,
-quantized weights) is an error, never ignored.
+default (`defaults.py`). A feature that would change the numbers and that the actor does not compute
+(YaRN, sliding windows, other activations, quantized weights) is an error, never ignored.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_bupo.errors import InputError
+from megatron_bupo.hf.defaults import DEFAULTS
 from megatron_bupo.hf.experts import Experts, read_experts
-from megatron_bupo.hf.fields import flag, number, size
+from megatron_bupo.hf.fields import LARGEST, flag, number, size, token_ids
 from megatron_bupo.hf.rope import read_rope
 
 FAMILIES = {
@@ -28,54 +28,9 @@ FAMILIES = {
     "LlamaForCausalLM": "llama",
 }
 
-_COMMON = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-_QWEN = {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-_LLAMA = {
-    "vocab_size": 32000,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 2048,
-    "eos_token_id": 2,
-}
-_QWEN_MOE = {
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 768,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": False,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": None,
-}
-# What a key absent from config.json means, in transformers' Qwen2Config, Qwen3Config,
-# Qwen3MoeConfig, LlamaConfig.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "qwen2": {**_COMMON, **_QWEN},
-    "qwen3": {**_COMMON, **_QWEN, "head_dim": 128},
-    "qwen3_moe": {**_COMMON, **_QWEN, **_QWEN_MOE},
-    "llama": {**_COMMON, **_LLAMA},
-}
+GENERATION_CONFIG = "generation_config.json"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+MOST_LAYERS = 10_000  # more is a mistake, and would take minutes to find out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,16 +83,16 @@ def read_architecture(model_dir: str | Path) -> Architecture:
     path = folder / "config.json"
     found = read_json_object(path)
     family = _family(path, found)
-    raw = {**_DEFAULTS[family], **found}
+    raw = {**DEFAULTS[family], **found}
     _refuse_what_we_do_not_compute(path, raw)
     heads, hidden_size = size(path, raw, "num_attention_heads"), size(path, raw, "hidden_size")
     raw["num_key_value_heads"] = raw["num_key_value_heads"] or heads
-    raw["head_dim"] = raw["head_dim"] or _DEFAULTS[family]["head_dim"] or hidden_size // heads
+    raw["head_dim"] = raw["head_dim"] or DEFAULTS[family]["head_dim"] or hidden_size // heads
     rope_theta, rope_scaling = read_rope(path, raw)
     attention_bias = family != "qwen2" and flag(path, raw, "attention_bias")
     arch = Architecture(
         family=family,
-        layers=size(path, raw, "num_hidden_layers"),
+        layers=size(path, raw, "num_hidden_layers", at_most=MOST_LAYERS),
         hidden_size=hidden_size,
         ffn_size=size(path, raw, "intermediate_size"),
         heads=heads,
@@ -153,10 +108,10 @@ def read_architecture(model_dir: str | Path) -> Architecture:
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         max_positions=size(path, raw, "max_position_embeddings"),
-        eos_token_ids=_eos_token_ids(folder, raw),
-        pad_token_id=raw["pad_token_id"],
+        eos_token_ids=eos_token_ids(folder, raw, size(path, raw, "vocab_size")),
+        pad_token_id=_pad_token_id(path, raw),
         experts=read_experts(path, raw) if family == "qwen3_moe" else None,
-        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+        dtype=_dtype(path, raw),
     )
     _check_consistency(path, arch)
     return arch
@@ -185,7 +140,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         way_out = "give the directory of a complete HF checkpoint"
         raise InputError(str(path), "no such file", way_out) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(str(path), f"cannot be read as JSON ({error})", "restore it") from None
     if not isinstance(found, dict):
         raise InputError(str(path), "is not a JSON object", "restore it")
@@ -202,12 +157,22 @@ def _known_family(raw: Mapping[str, Any]) -> str | None:
     named = raw.get("architectures") or [
         name for name, family in FAMILIES.items() if family == raw.get("model_type")
     ]
-    known = [name for name in named if name in FAMILIES] if isinstance(named, list) else []
+    known = (
+        [n for n in named if isinstance(n, str) and n in FAMILIES]
+        if isinstance(named, list)
+        else []
+    )
     return FAMILIES[known[0]] if known else None
 
 
 def _family(path: Path, raw: Mapping[str, Any]) -> str:
     if family := _known_family(raw):
+        if raw.get("model_type", family) != family:  # by which transformers chooses the model
+            raise InputError(
+                f"{path}: model_type={raw['model_type']}",
+                f"is not that of architectures={raw['architectures']}",
+                "restore config.json",
+            )
         return family
     key = "architectures" if raw.get("architectures") else "model_type"
     raise InputError(
@@ -218,7 +183,7 @@ def _family(path: Path, raw: Mapping[str, Any]) -> str:
 
 
 def _refuse_what_we_do_not_compute(path: Path, raw: Mapping[str, Any]) -> None:
-    if raw["hidden_act"] not in {"silu", "swish"}:
+    if raw["hidden_act"] not in ("silu", "swish"):
         raise InputError(
             f"{path}: hidden_act={raw['hidden_act']}",
             "only the SiLU-gated MLP is computed",
@@ -234,7 +199,12 @@ def _refuse_what_we_do_not_compute(path: Path, raw: Mapping[str, Any]) -> None:
     if layer_types is None:
         windowed = bool(raw.get("use_sliding_window") and raw["sliding_window"])
         if windowed and raw.get("model_type") != "qwen3_moe":  # which has no such key
-            windowed = raw["max_window_layers"] < raw["num_hidden_layers"]
+            below = 0 if raw["max_window_layers"] == 0 else size(path, raw, "max_window_layers")
+            windowed = below < size(path, raw, "num_hidden_layers")
+    elif not isinstance(layer_types, list):
+        raise InputError(
+            f"{path}: layer_types={layer_types}", "is not a list", "restore config.json"
+        )
     else:
         windowed = any(kind != "full_attention" for kind in layer_types)
     if windowed:
@@ -246,14 +216,33 @@ def _refuse_what_we_do_not_compute(path: Path, raw: Mapping[str, Any]) -> None:
         )
 
 
-def _eos_token_ids(folder: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
-    """Where a response ends: generation_config.json decides, config.json stands in for it."""
-    path = folder / "generation_config.json"
-    found = read_json_object(path).get("eos_token_id") if path.exists() else None
-    ids = raw["eos_token_id"] if found is None else found
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (ids,)
+def eos_token_ids(
+    folder: Path, config: Mapping[str, Any], vocab_size: int = LARGEST
+) -> tuple[int, ...]:
+    """Where a response ends: generation_config.json decides; `config`, what config.json says,
+    stands in where there is none.
+    """
+    path = folder / GENERATION_CONFIG
+    if path.exists() or path.is_symlink():
+        return token_ids(path, read_json_object(path), "eos_token_id", vocab_size)
+    return token_ids(folder / "config.json", config, "eos_token_id", vocab_size)
+
+
+def _pad_token_id(path: Path, raw: Mapping[str, Any]) -> int | None:
+    if isinstance(raw["pad_token_id"], list):
+        raise InputError(f"{path}: pad_token_id", "is a list of tokens", "restore config.json")
+    if raw["pad_token_id"] == -1:  # how the first Llamas say that there is none
+        return None
+    return next(iter(token_ids(path, raw, "pad_token_id", size(path, raw, "vocab_size"))), None)
+
+
+def _dtype(path: Path, raw: Mapping[str, Any]) -> str:
+    key = "dtype" if raw.get("dtype") else "torch_dtype"
+    name = str(raw.get(key) or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        way_out = f"use a checkpoint in one of {', '.join(DTYPES)}"
+        raise InputError(f"{path}: {key}={raw[key]}", "is no dtype that is trained", way_out)
+    return name
 
 
 def _check_consistency(path: Path, arch: Architecture) -> None:

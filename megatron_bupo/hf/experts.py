@@ -14,6 +14,8 @@ from typing import Any
 from megatron_bupo.errors import InputError
 from megatron_bupo.hf.fields import flag, size
 
+MOST_EXPERTS = 10_000  # more is a mistake, and would take minutes to find out
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
@@ -39,7 +41,7 @@ def read_experts(path: Path, raw: Mapping[str, Any]) -> Experts | None:
             for layer in range(1, size(path, raw, "num_hidden_layers") + 1)
             if layer % every == 0 and layer - 1 not in dense
         ),
-        number=size(path, numbered, "num_experts"),
+        number=size(path, numbered, "num_experts", at_most=MOST_EXPERTS),
         per_token=size(path, raw, "num_experts_per_tok"),
         ffn_size=size(path, raw, "moe_intermediate_size"),
         normalized=flag(path, raw, "norm_topk_prob"),

@@ -32,7 +32,7 @@ def read_rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, dict[str, Any]
     merged |= {key: raw[key] for key in merged if raw.get(key) is not None}
     merged |= {"original_max_position_embeddings": raw["max_position_embeddings"], **rope}
     by_layer = any(isinstance(value, dict) for value in rope.values())
-    if by_layer or (kind != "default" and kind not in _NUMBERS):
+    if by_layer or kind not in ("default", *_NUMBERS):
         raise InputError(
             f"{path}: rope_type={'one per layer type' if by_layer else kind}",
             "this RoPE scaling is not computed",
@@ -46,5 +46,11 @@ def read_rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, dict[str, Any]
             "use a checkpoint that rotates whole heads",
         )
     numbers = {key: number(path, merged, key) for key in _NUMBERS.get(kind, ())}
+    if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        raise InputError(
+            f"{path}: low_freq_factor={numbers['low_freq_factor']}",
+            f"is not below high_freq_factor={numbers['high_freq_factor']}",
+            "restore config.json",
+        )
     scaling = {"rope_type": kind, **numbers} if numbers else None
     return number(path, merged, "rope_theta"), scaling

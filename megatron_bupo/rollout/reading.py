@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_bupo.errors import InputError
+from megatron_bupo.hf.architecture import eos_token_ids, read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megatron_bupo.types import Prompt
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 def check_prompt(
@@ -45,14 +43,10 @@ def stop_ids(model_dir: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple
     """Tokens that end a response: the tokenizer's eos and those of the generation config, or
     without one of the model's config.
     """
-    named = None
-    for file in (GENERATION_CONFIG, "config.json"):
-        path = Path(model_dir) / file
-        if path.exists():
-            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            break
-    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
-    return tuple(sorted({int(i) for i in ids if i is not None}))
+    config = Path(model_dir) / "config.json"
+    named = eos_token_ids(Path(model_dir), read_json_object(config) if config.exists() else {})
+    own: Any = tokenizer.eos_token_id
+    return tuple(sorted({*named, *([] if own is None else [int(own)])}))
 
 
 def text_of(response_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -259,7 +259,9 @@ def test_a_checkpoint_without_architectures_goes_by_its_model_type(tmp_path: Pat
 def test_an_end_of_sequence_in_generation_config_goes_first(tmp_path: Path):
     folder = write(tmp_path, QWEN3_4B, {"eos_token_id": 3})
     assert read_architecture(folder).eos_token_ids == (3,)
-    write(tmp_path, QWEN3_4B, {"temperature": 0.6})
+    write(tmp_path, QWEN3_4B, {"temperature": 0.6})  # which transformers takes at its word
+    assert read_architecture(folder).eos_token_ids == ()
+    (folder / "generation_config.json").unlink()
     assert read_architecture(folder).eos_token_ids == (151645,)
 
 

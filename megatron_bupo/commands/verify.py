@@ -1,0 +1,146 @@
+"""`megatron-bupo convert verify`: two checkpoints side by side, as a table and a verdict."""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_bupo.config import expand, load_config
+from megatron_bupo.config.checks import check, check_against_model
+from megatron_bupo.errors import InputError, RunStopped
+from megatron_bupo.launch.local import under_torchrun
+
+if TYPE_CHECKING:
+    from megatron_bupo.verification.compare import Report
+    from megatron_bupo.verification.logprobs import Question
+    from megatron_bupo.verification.sides import Side
+
+SHOWN = 20  # differences in the table; the file has all
+USAGE = "give two: FIRST SECOND, or --hf DIR --megatron DIR"
+
+
+def run(args: Namespace) -> None:
+    """Compare the two checkpoints; RunStopped where they differ."""
+    paths, overrides = read_words(args)
+    out = None if args.json is None else _writable(args.json)
+    if under_torchrun():
+        raise InputError("torchrun", "verification starts its ranks itself", "start it once")
+    from megatron_bupo.verification.compare import compare
+    from megatron_bupo.verification.sides import open_side
+
+    with ExitStack() as stack:
+        first, second = (open_side(path, stack) for path in paths)
+        question = read_question(args, first, second, overrides)
+        report = compare(first, second, question)
+    show(report, first, second)
+    if out is not None:
+        record = {"first": str(paths[0]), "second": str(paths[1]), "same": report.same}
+        out.write_text(json.dumps(_plain(record | asdict(report)), indent=2) + "\n")
+    if not report.same:
+        worst, count = report.differences[0], len(report.differences)
+        raise RunStopped(f"{count} differences, the worst: {worst.kind} of {worst.name}")
+
+
+def read_words(args: Namespace) -> tuple[list[Path], list[str]]:
+    """The two checkpoints and the overrides, which stand in any order."""
+    words = args.overrides
+    named = [w for w in words if "=" not in w or Path(expand(w)).exists()]
+    overrides = [w for w in words if w not in named]
+    chosen = [*named, *(word for word in (args.hf, args.megatron) if word is not None)]
+    if len(chosen) != 2:
+        raise InputError("command line", f"{len(chosen)} checkpoints", USAGE)
+    return [Path(expand(word)) for word in chosen], overrides
+
+
+def _writable(name: str) -> Path:
+    out = Path(expand(name))
+    if not out.parent.is_dir() or out.is_dir():
+        reason = f"{out.parent} is not a directory" if not out.is_dir() else "is a directory"
+        raise InputError(f"--json {name}", reason, "name a file in one that exists")
+    return out
+
+
+def read_question(
+    args: Namespace, first: Side, second: Side, overrides: Sequence[str]
+) -> Question | None:
+    """What the models are asked, and under which layout."""
+    import torch
+
+    from megatron_bupo.verification.logprobs import Question
+
+    for key in ("sequences", "tokens"):
+        if (value := getattr(args, key)) < (2 if key == "tokens" else 1):
+            raise InputError(f"--{key} {value}", "is too small", "choose more")
+    if not (math.isfinite(args.tolerance) and args.tolerance >= 0):
+        raise InputError(f"--tolerance {args.tolerance}", "is no tolerance", "choose e.g. 1e-5")
+    megatron = [side for side in (first, second) if side.torch_dist is not None]
+    if overrides and (args.no_logits or not megatron):
+        reason = "there is no Megatron checkpoint to lay out" if not megatron else "--no-logits"
+        raise InputError(overrides[0], reason, "leave it out")
+    if args.no_logits:
+        return None
+    model_dir = (megatron or [first])[0].files
+    settings = [f"model.path={json.dumps(str(model_dir))}", "model.dtype=float32", *overrides]
+    config = load_config(None, settings)
+    layout = check(config, None, training=False)
+    for side in megatron:
+        check_against_model(config, side.architecture, training=False)
+    architectures = (first.architecture, second.architecture)
+    vocab = min(architecture.vocab_size for architecture in architectures)
+    tokens = min(args.tokens, *(architecture.max_positions for architecture in architectures))
+    generator = torch.Generator().manual_seed(args.seed)
+    ids = torch.randint(0, vocab, (args.sequences, tokens), generator=generator)
+    return Question(ids, args.tolerance, config, layout)
+
+
+def show(report: Report, first: Side, second: Side) -> None:
+    """The table of differences, what was compared, and the verdict."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(width=max(120, Console().width), highlight=False)
+    for name, side in (("first ", first), ("second", second)):
+        kind = "HF directory" if side.torch_dist is None else "Megatron checkpoint"
+        console.print(f"{name}  {kind} {escape(str(side.path))}")
+    if report.differences:
+        table = Table(box=box.SIMPLE)
+        for heading in ("what", "of", "first", "second", "largest difference"):
+            table.add_column(heading, overflow="fold")
+        for found in report.differences[:SHOWN]:
+            largest = "" if found.largest is None else f"{found.largest:.3g}"
+            cells = (found.kind, found.name, found.first, found.second, largest)
+            table.add_row(*map(escape, cells))
+        console.print(table)
+        if (left := len(report.differences) - SHOWN) > 0:
+            console.print(f"and {left} more")
+    unequal = {found.name for found in report.differences if found.kind in {"values", "dtype"}}
+    shapes = {found.name for found in report.differences if found.kind == "shape"}
+    equal = report.tensors - len(unequal | shapes)
+    console.print(f"tensors    {equal} of {report.tensors} in both are bit-equal")
+    if report.computed is not None:
+        seen = report.computed
+        console.print(
+            f"log-probs  of the whole vocabulary at {seen.positions} positions, float32: at most "
+            f"{seen.largest_nats:.1e} nats apart, {seen.largest_relative:.1e} of the largest "
+            f"there (allowed {seen.tolerance:.0e})"
+        )
+    for note in report.notes:
+        console.print(f"note       {escape(note)}")
+    console.print("verdict    same" if report.same else "verdict    different")
+
+
+def _plain(value: Any) -> Any:
+    """`value` with infinities as text, which JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
