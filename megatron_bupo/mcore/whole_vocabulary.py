@@ -73,7 +73,9 @@ class WholeVocabulary(MegatronActor):
             "logprobs": torch.cat([logprobs.cpu() for _, logprobs in scored] or [torch.empty(0)]),
         }
 
-    def _everywhere(self, microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _everywhere(
+        self, microbatch: Microbatch, hidden: Tensor, **_: Any
+    ) -> tuple[Tensor, Tensor]:
         chunk = model.last_chunk(self.gpt_chunks)
         assert chunk is not None, "only the last pipeline stage reads out"
         sp = self.native.sequence_parallel
