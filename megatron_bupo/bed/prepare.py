@@ -32,6 +32,8 @@ def prepare(config: Config) -> None:
     """Make the parts of the bed that `config` names and that are missing."""
     bed = Path(expand(BED)).resolve()
     named = [config.model.path, config.model.tokenizer, config.data.train, config.data.eval]
+    named += [source.path for source in config.data.sources]
+    named += [benchmark.data for benchmark in config.evaluation.benchmarks]
     paths = [Path(expand(path)).resolve() for path in named if path]
     parts = {
         part for part in (MODEL, TRAIN, EVAL) if any(p.is_relative_to(bed / part) for p in paths)

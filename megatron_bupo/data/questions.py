@@ -194,10 +194,11 @@ def _path(row: Row, named: str | None, usual: Sequence[str]) -> str:
     """The column that is named, else the first of the usual ones that `row` has."""
     if named is not None:
         return named
-    columns = row.columns()
-    lowered = {path.lower(): path for path in reversed(columns)}
-    exact = (path for path in usual if path in columns)
-    return next(exact, next((lowered[path] for path in usual if path in lowered), usual[0]))
+    for path in usual:
+        if row.has(path):
+            return path
+    lowered = {path.lower(): path for path in reversed(row.columns())}
+    return next((lowered[path] for path in usual if path in lowered), usual[0])
 
 
 def _column(row: Row, key: str, path: str) -> Any:

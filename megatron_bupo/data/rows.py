@@ -40,6 +40,14 @@ class Row:
             value = value[key]
         return value
 
+    def has(self, path: str) -> bool:
+        """Is there a value that `get` gives for `path`?"""
+        try:
+            self.get(path)
+        except KeyError:
+            return False
+        return True
+
     def columns(self) -> list[str]:
         """What `get` can be asked for, as `column` or `column.field`."""
         return list(_paths(self.values))

@@ -29,14 +29,33 @@ def rollout_measures(
     rewards = [[grade.reward for grade in group] for group in grades]
     entropies = [h for rollout in _rollouts(groups) for h in rollout.entropies or ()]
     said = {"entropy/full_nats": fmean(entropies)} if entropies else {}
-    return said | {
-        "rollout/reward_mean": fmean(reward for group in rewards for reward in group),
-        "rollout/groups_with_signal_fraction": fmean(float(min(g) < max(g)) for g in rewards),
-        "rollout/response_tokens_mean": fmean(len(r.response_ids) for r in _rollouts(groups)),
-        "rollout/truncated_fraction": fmean(r.finish_reason == "length" for r in _rollouts(groups)),
-        "rollout/cut_fraction": fmean(r.finish_reason == "abort" for r in _rollouts(groups)),
-        "rollout/reward_warnings": sum(g.warning is not None for group in grades for g in group),
-    }
+    return (
+        said
+        | _source_rewards(groups, rewards)
+        | {
+            "rollout/reward_mean": fmean(reward for group in rewards for reward in group),
+            "rollout/groups_with_signal_fraction": fmean(float(min(g) < max(g)) for g in rewards),
+            "rollout/response_tokens_mean": fmean(len(r.response_ids) for r in _rollouts(groups)),
+            "rollout/truncated_fraction": fmean(
+                r.finish_reason == "length" for r in _rollouts(groups)
+            ),
+            "rollout/cut_fraction": fmean(r.finish_reason == "abort" for r in _rollouts(groups)),
+            "rollout/reward_warnings": sum(
+                g.warning is not None for group in grades for g in group
+            ),
+        }
+    )
+
+
+def _source_rewards(
+    groups: Sequence[RolloutGroup], rewards: Sequence[Sequence[float]]
+) -> dict[str, float]:
+    """The mean reward of each source of a mixture that the step asked."""
+    by_source: dict[str, list[float]] = {}
+    for group, its_rewards in zip(groups, rewards, strict=True):
+        if group.prompt.source is not None:
+            by_source.setdefault(group.prompt.source, []).extend(its_rewards)
+    return {f"source/{name}_reward_mean": fmean(x) for name, x in sorted(by_source.items())}
 
 
 def warnings_of(grades: Sequence[Sequence[Grade]]) -> list[str]:

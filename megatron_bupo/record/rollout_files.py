@@ -7,7 +7,8 @@
 
     step              counted from 0
     policy            that the step trained, e.g. "internal layer 6"; null: nothing was trained
-    prompt_index      the prompt's row in the data set
+    prompt_index      the prompt's row in the data
+    source            of a mixture, that the prompt is from; else null
     response          its number among the responses to the prompt, from 0
     prompt, answer    the prompt as text; what the grader compares with
     row               the whole data row; null where it is not JSON
@@ -143,6 +144,7 @@ def fields_of(rollout: Rollout, grade: Grade) -> dict[str, Any]:
         "reward": grade.reward,
         "warning": grade.warning,
         "prompt_index": prompt.index,
+        "source": prompt.source,
         "prompt": prompt.text,
         "answer": prompt.answer,
         "text": rollout.text,
@@ -163,7 +165,7 @@ def fields_of(rollout: Rollout, grade: Grade) -> dict[str, Any]:
 def _row(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
     try:
         return None if row is None else json.loads(json.dumps(dict(row), allow_nan=False))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return None
 
 
@@ -229,6 +231,7 @@ def _parsed(line: Any) -> RecordedRollout:
             answer=line["answer"],
             text=line["prompt"],
             row=line["row"],
+            source=line.get("source"),
         ),
         response_ids=tuple(map(index, line["response_ids"])),
         rollout_logprobs=_per_token(line, "rollout_logprobs"),
