@@ -29,22 +29,15 @@ def rollout_measures(
     rewards = [[grade.reward for grade in group] for group in grades]
     entropies = [h for rollout in _rollouts(groups) for h in rollout.entropies or ()]
     said = {"entropy/full_nats": fmean(entropies)} if entropies else {}
-    return (
-        said
-        | _source_rewards(groups, rewards)
-        | {
-            "rollout/reward_mean": fmean(reward for group in rewards for reward in group),
-            "rollout/groups_with_signal_fraction": fmean(float(min(g) < max(g)) for g in rewards),
-            "rollout/response_tokens_mean": fmean(len(r.response_ids) for r in _rollouts(groups)),
-            "rollout/truncated_fraction": fmean(
-                r.finish_reason == "length" for r in _rollouts(groups)
-            ),
-            "rollout/cut_fraction": fmean(r.finish_reason == "abort" for r in _rollouts(groups)),
-            "rollout/reward_warnings": sum(
-                g.warning is not None for group in grades for g in group
-            ),
-        }
-    )
+    said |= _source_rewards(groups, rewards)
+    return said | {
+        "rollout/reward_mean": fmean(reward for group in rewards for reward in group),
+        "rollout/groups_with_signal_fraction": fmean(float(min(g) < max(g)) for g in rewards),
+        "rollout/response_tokens_mean": fmean(len(r.response_ids) for r in _rollouts(groups)),
+        "rollout/truncated_fraction": fmean(r.finish_reason == "length" for r in _rollouts(groups)),
+        "rollout/cut_fraction": fmean(r.finish_reason == "abort" for r in _rollouts(groups)),
+        "rollout/reward_warnings": sum(g.warning is not None for group in grades for g in group),
+    }
 
 
 def _source_rewards(
