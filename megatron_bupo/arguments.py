@@ -31,6 +31,7 @@ def parser() -> Parser:
     _add_generate(commands)
     _add_score(commands)
     _add_rollouts(commands)
+    _add_convert(commands)
     _add_bed(commands)
     return parser
 
@@ -146,6 +147,63 @@ def _count(text: str) -> int:
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
     return int(text)
+
+
+def _add_convert(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="HF checkpoints to Megatron-Core's torch_dist and back",
+        description="Convert checkpoints, in one process and a tensor at a time. A conversion that "
+        "was killed goes on by the same command.",
+        allow_abbrev=False,
+    )
+    conversions = parser.add_subparsers(dest="conversion", required=True, metavar="DIRECTION")
+    there = conversions.add_parser(
+        "hf-to-megatron",
+        help="HF directory -> torch_dist, cut for any layout",
+        epilog="example: megatron-bupo convert hf-to-megatron --hf DIR --out DIR parallel.tp=2 "
+        "parallel.pp=2",
+        allow_abbrev=False,
+    )
+    there.add_argument("--hf", metavar="DIR", required=True, help="HF checkpoint directory")
+    _add_conversion(there)
+    _add_overrides(there)
+    back = conversions.add_parser(
+        "megatron-to-hf",
+        help="torch_dist or a training checkpoint -> HF directory",
+        epilog="example: megatron-bupo convert megatron-to-hf --megatron runs/demo --out DIR",
+        allow_abbrev=False,
+    )
+    back.add_argument(
+        "--megatron",
+        metavar="DIR",
+        required=True,
+        help="torch_dist directory, training checkpoint (run_dir/checkpoints/step_N), or run_dir: "
+        "its newest checkpoint",
+    )
+    back.add_argument(
+        "--like", metavar="DIR", help="HF directory with config.json and tokenizer to take"
+    )
+    back.add_argument(
+        "--shard-bytes",
+        metavar="N",
+        type=_count,
+        default=4 * 2**30,
+        help="most bytes of tensors in a file (default: 4 GiB)",
+    )
+    _add_conversion(back)
+
+
+def _add_conversion(parser: Parser) -> None:
+    parser.add_argument("--out", metavar="DIR", required=True, help="directory to make")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="cast all weights; default: every one stays as it is stored",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace DIR, once the new one is complete"
+    )
 
 
 def _add_bed(commands: argparse._SubParsersAction[Parser]) -> None:

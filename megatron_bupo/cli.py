@@ -23,6 +23,7 @@ COMMANDS = {  # name -> module with `run(args)`, imported when it is the one tha
     "generate": "megatron_bupo.commands.generate",
     "score": "megatron_bupo.commands.score",
     "rollouts": "megatron_bupo.commands.rollouts",
+    "convert": "megatron_bupo.commands.convert",
     "bed": "megatron_bupo.commands.bed",
 }
 

@@ -142,12 +142,12 @@ def exported_tensors(arch: DecoderSizes, model_dir: str | Path) -> dict[str, Sha
     return {name: tensor.shape for name, tensor in stored.items() if not is_harmless(name, arch)}
 
 
-def check_tied(index: CheckpointIndex) -> None:
+def check_tied(arch: DecoderSizes, index: CheckpointIndex) -> None:
     """An unembedding that a tied model stores a second time is the embedding, byte for byte."""
     embedding, copy = (
         index.tensors.get(name) for name in ("model.embed_tokens.weight", UNEMBEDDING)
     )
-    if embedding is None or copy is None:
+    if not arch.tied or embedding is None or copy is None:
         return
     same = (embedding.dtype, embedding.shape) == (copy.dtype, copy.shape)
     if not (same and all(a == b for a, b in zip(_blocks(embedding), _blocks(copy), strict=True))):

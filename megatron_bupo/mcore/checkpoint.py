@@ -36,16 +36,9 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_bupo import checkpoints
 from megatron_bupo.config.layout import parallel_sizes
+from megatron_bupo.mcore.torch_dist import METADATA
 from megatron_bupo.mcore.trainer import MegatronTrainer
 
-METADATA = {
-    # The optimizer's state in a form that every other tensor, pipeline and data-parallel layout
-    # can read.
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    # Layers under keys of their own, not stacked in one tensor.
-    "non_homogeneous_layers": True,
-}
 _LAYER = re.compile(r"\bdecoder\.layers\.(\d+)\.")
 
 

@@ -83,6 +83,11 @@ def _gate_up(kind: str) -> Row:
     return Row(hf, (f"mlp.linear_fc1.{kind}",), 0, _stack, _halves)
 
 
+def is_stacked(row: Row) -> bool:
+    """Are the HF tensors of `row` one above the other in the parameter of each rank?"""
+    return row.join is _stack
+
+
 EMBEDDING = _row("model.embed_tokens.weight", "embedding.word_embeddings.weight", 0)
 FINAL_NORM = _row("model.norm.weight", "decoder.final_layernorm.weight")
 UNEMBEDDING = _row("lm_head.weight", "output_layer.weight", 0)
@@ -217,7 +222,7 @@ def _vocabulary_part(tensor: Any, arch: Architecture, tp: int, rank: int) -> Ten
     return torch.cat((piece, piece.new_zeros(rows - piece.shape[0], piece.shape[1])))
 
 
-def _read_piece(tensor: Any, row: Row, arch: Architecture, tp: int, rank: int) -> Tensor:
+def read_piece(tensor: Any, row: Row, arch: Architecture, tp: int, rank: int) -> Tensor:
     """This rank's piece of the HF tensor behind the lazy slice `tensor`; nothing else is read."""
     if row in VOCABULARY:
         return _vocabulary_part(tensor, arch, tp, rank)
@@ -245,7 +250,7 @@ def load(chunks: Sequence[Any], arch: Architecture, open_slice: Callable[[str], 
                 progress.beat()
                 group = shard_group(held.row)
                 pieces = [
-                    _read_piece(open_slice(name), held.row, arch, group.size(), group.rank())
+                    read_piece(open_slice(name), held.row, arch, group.size(), group.rank())
                     for name in held.row.hf
                 ]
                 held.parameter.copy_(held.row.join(tuple(pieces), arch))

@@ -1,0 +1,123 @@
+"""Which torch_dist checkpoint does a path mean, and which HF directory stands beside it?
+
+A torch_dist directory, a training checkpoint (`run_dir/checkpoints/step_N`), a run_dir (its newest
+whole checkpoint), or a directory of Megatron-LM's with its tracker file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bupo.checkpoints import SEAL, is_whole, newest_checkpoint, read_run
+from megatron_bupo.config import expand
+from megatron_bupo.errors import InputError
+from megatron_bupo.hf.architecture import Architecture, read_architecture
+from megatron_bupo.hf.tensors import CheckpointIndex, check_tensors, check_tied, read_index
+from megatron_bupo.preflight import BESIDE_THE_WEIGHTS
+from megatron_bupo.resumable import is_unfinished
+
+METADATA = ".metadata"
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's
+SIDE = "hf"  # directory of a torch_dist checkpoint with what stands beside HF weights
+GIVE = "give a torch_dist directory, a training checkpoint, or a run_dir"
+
+
+@dataclass(frozen=True)
+class MegatronSource:
+    """A checkpoint directory, what its run says of itself, and where to look for HF files."""
+
+    path: Path
+    run: Mapping[str, Any] | None  # None: no training checkpoint
+    like: Path  # has config.json and what stands beside it
+    model_dirs: tuple[Path, ...]  # where the HF weights may be that training began with
+
+
+def find_source(megatron: str, like: str | None) -> MegatronSource:
+    """The checkpoint that `--megatron` means, with `--like` or what else has its side files."""
+    path = _checkpoint(Path(expand(megatron)), f"--megatron {megatron}")
+    run = None
+    if (path / SEAL).exists():
+        if not is_whole(path):
+            raise InputError(str(path), "is damaged: a file is missing or cut off", "restore it")
+        run = read_run(path)
+    named = [Path(expand(like))] if like else []
+    began_with = [Path(expand(run["config"]["model.path"]))] if run else []
+    for folder in (*named, path / SIDE, *began_with):
+        if (folder / "config.json").exists() or like:
+            return MegatronSource(path, run, folder, (*named, *began_with))
+    reason = f"has no {SIDE} directory with config.json and tokenizer"
+    if began_with:
+        reason += f", and model.path={began_with[0]} is gone"
+    way_out = "name a directory that has them with --like DIR"
+    raise InputError(f"--megatron {megatron}", reason, way_out)
+
+
+def _checkpoint(folder: Path, where: str) -> Path:
+    """The torch_dist directory that the user means by `folder`."""
+    if not folder.is_dir():
+        raise InputError(where, "is a file" if folder.exists() else "no such directory", GIVE)
+    if is_unfinished(folder):
+        reason = "was left by a killed process and is not whole"
+        raise InputError(where, reason, "run that process again")
+    if (folder / METADATA).exists():
+        return folder
+    if (folder / "checkpoints").is_dir():
+        newest = newest_checkpoint(folder)
+        if newest is None:
+            raise InputError(where, "is a run_dir without a checkpoint", GIVE)
+        return newest[1]
+    if (folder / TRACKER).exists():
+        return _of_megatron_lm(folder, where)
+    if (folder / "config.json").exists():
+        raise InputError(where, "is an HF checkpoint, or half of another one", GIVE)
+    if any(folder.glob("mp_rank_*")) or any(folder.glob("iter_*/mp_rank_*")):
+        reason = "is a checkpoint in Megatron-LM's own torch format"
+        way_out = "save it as torch_dist: Megatron-LM's --ckpt-convert-format torch_dist does"
+        raise InputError(where, reason, way_out)
+    raise InputError(where, f"has no {METADATA}, which every torch_dist checkpoint has", GIVE)
+
+
+def _of_megatron_lm(folder: Path, where: str) -> Path:
+    text = (folder / TRACKER).read_text(errors="replace").strip()
+    named = folder / ("release" if text == "release" else f"iter_{text:0>7}")
+    if not text.isdecimal() and text != "release":
+        raise InputError(str(folder / TRACKER), f"says {text!r}, which is no iteration", GIVE)
+    if not named.is_dir():
+        raise InputError(where, f"{TRACKER} says {text}, but {named} does not exist", GIVE)
+    return _checkpoint(named, f"--megatron {named}")
+
+
+def read_its_architecture(source: MegatronSource) -> Architecture:
+    """The model of `source`, as config.json and the run that wrote the checkpoint both have it."""
+    arch = read_architecture(source.like)
+    before = source.run["architecture"] if source.run else {}
+    for name, now in json.loads(json.dumps(asdict(arch))).items():
+        was = before.get(name, now)
+        if was != now and name not in BESIDE_THE_WEIGHTS:
+            raise InputError(
+                str(source.like / "config.json"),
+                f"is of a model with {name}={now}, but {source.path} is of one with {name}={was}",
+                "name the HF directory that the run began with by --like DIR",
+            )
+    return arch
+
+
+def find_base(source: MegatronSource, arch: Architecture, absent: str) -> CheckpointIndex:
+    """The HF weights that training began with: what the checkpoint does not have is as there."""
+    for folder in source.model_dirs:
+        if folder.is_dir() and read_architecture(folder) == arch:
+            index = read_index(folder)
+            check_tensors(arch, index)
+            check_tied(arch, index)
+            return index
+    looked = ", ".join(map(str, source.model_dirs)) or "no model.path"
+    raise InputError(
+        str(source.path),
+        f"holds the lower layers alone, and {absent} is not there: the HF checkpoint that the run "
+        f"began with is gone ({looked})",
+        "name that HF checkpoint with --like DIR",
+    )
