@@ -3,9 +3,10 @@ them.
 
 ::
 
-    run_dir/checkpoints/step_000020/               the state before step 20
-    run_dir/checkpoints/step_000020/run.json       its seal: written last, lists every other file's
-    size run_dir/checkpoints/.step_000040.partial/      being written, or left by a kill; never read
+    run_dir/checkpoints/step_000020/            the state before step 20
+    run_dir/checkpoints/step_000020/hf/         config, tokenizer, ... of the model it began with
+    run_dir/checkpoints/step_000020/run.json    its seal: written last, every other file's size
+    run_dir/checkpoints/.step_000040.partial/   being written, or left by a kill; never read
 
 A checkpoint gets its name by one rename after its seal, and counts only while every file that the
 seal lists is there in full: neither a kill nor a half-made copy is ever taken for a whole one.
@@ -24,6 +25,7 @@ from typing import Any
 from megatron_bupo.errors import InputError
 
 SEAL = "run.json"
+SIDE = "hf"  # directory with what stands beside HF weights, for the way back to them
 _NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -53,7 +55,8 @@ def seal(run_dir: Path, step: int, run: Mapping[str, Any]) -> None:
     `run`.
     """
     final, work = checkpoint_dir(run_dir, step), partial_path(run_dir, step)
-    sizes = {file.name: file.stat().st_size for file in work.iterdir()}
+    files = [path for path in work.rglob("*") if path.is_file()]
+    sizes = {str(file.relative_to(work)): file.stat().st_size for file in files}
     with (work / SEAL).open("w") as file:
         json.dump({"files": sizes, **run}, file, indent=2)
         file.flush()

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_bupo.checkpoints import SIDE
 from megatron_bupo.config.layout import Layout
-from megatron_bupo.convert_source import SIDE
 from megatron_bupo.errors import InputError, RunStopped
 from megatron_bupo.hf.architecture import Architecture
 from megatron_bupo.hf.headers import BITS

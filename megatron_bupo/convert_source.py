@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bupo.checkpoints import SEAL, is_whole, newest_checkpoint, read_run
+from megatron_bupo.checkpoints import SEAL, SIDE, is_whole, newest_checkpoint, read_run
 from megatron_bupo.config import expand
 from megatron_bupo.errors import InputError
 from megatron_bupo.hf.architecture import Architecture, read_architecture
@@ -22,7 +22,6 @@ from megatron_bupo.resumable import is_unfinished
 
 METADATA = ".metadata"
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's
-SIDE = "hf"  # directory of a torch_dist checkpoint with what stands beside HF weights
 GIVE = "give a torch_dist directory, a training checkpoint, or a run_dir"
 
 

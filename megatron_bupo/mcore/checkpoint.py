@@ -35,7 +35,9 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_bupo import checkpoints
+from megatron_bupo.config import expand
 from megatron_bupo.config.layout import parallel_sizes
+from megatron_bupo.hf.writer import copy_side_files
 from megatron_bupo.mcore.torch_dist import METADATA
 from megatron_bupo.mcore.trainer import MegatronTrainer
 
@@ -63,9 +65,19 @@ def save(
         dist_checkpointing.save(_keyed(state), str(work), **_release_options())
     dist.barrier()
     if dist.get_rank() == 0:
+        _copy_side_files(trainer, checkpoints.partial_path(run_dir, step))
         checkpoints.seal(run_dir, step, run)
         checkpoints.drop_old(run_dir, keep=keep)
     dist.barrier()
+
+
+def _copy_side_files(trainer: MegatronTrainer, work: Path) -> None:
+    """Keep what stands beside the weights of the model, so that the checkpoint can be converted
+    without it.
+    """
+    model_dir = Path(expand(trainer.config.model.path))
+    if model_dir.is_dir():
+        copy_side_files(model_dir, work / checkpoints.SIDE)
 
 
 def load(trainer: MegatronTrainer, path: Path) -> None:
