@@ -137,7 +137,7 @@ def _add_rollouts(commands: argparse._SubParsersAction[Parser]) -> None:
     some.add_argument("--html", metavar="FILE", help="write a page, which sorts and filters itself")
     parser.add_argument("--limit", metavar="K", type=_count, default=32, help="at most K of a step")
     parser.add_argument(
-        "--strategic-grams", metavar="FILE", help="mark planning tokens: a gram per line"
+        "--strategic-grams", metavar="FILE", help="mark planning tokens: as hicra.grams"
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="default: that of the run")
 
@@ -192,6 +192,39 @@ def _add_convert(commands: argparse._SubParsersAction[Parser]) -> None:
         help="most bytes of tensors in a file (default: 4 GiB)",
     )
     _add_conversion(back)
+    _add_verify(conversions)
+
+
+def _add_verify(conversions: argparse._SubParsersAction[Parser]) -> None:
+    parser = conversions.add_parser(
+        "verify",
+        help="are two checkpoints the same model? exit code 1 where they are not",
+        description="Compare two checkpoints, each an HF directory or a Megatron one: every tensor "
+        "bit by bit, config and tokenizer, and log-probs of the whole vocabulary on random tokens.",
+        epilog="example: megatron-bupo convert verify HF_DIR MEGATRON_DIR parallel.tp=2",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--hf", metavar="DIR", help="one of the two, as an HF directory")
+    parser.add_argument("--megatron", metavar="DIR", help="one of the two, as --megatron elsewhere")
+    parser.add_argument("--no-logits", action="store_true", help="compute nothing: compare files")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        help="of log-probs, times the largest of their position (default: 1e-5)",
+    )
+    parser.add_argument("--sequences", type=_count, default=4, metavar="N", help="default: 4")
+    parser.add_argument(
+        "--tokens", type=_count, default=32, metavar="N", help="of each; default 32"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
+    parser.add_argument("--json", metavar="FILE", help="write all that was found")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="FIRST SECOND [KEY=VALUE ...]",
+        help="the two checkpoints; and the layout of a Megatron one, e.g. parallel.tp=2",
+    )
 
 
 def _add_conversion(parser: Parser) -> None:

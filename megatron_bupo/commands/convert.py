@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_bupo.commands import verify
 from megatron_bupo.config import Config, expand, load_config
 from megatron_bupo.config.checks import check, check_against_model
 from megatron_bupo.config.layout import Layout, layers_of_stages
@@ -30,7 +31,11 @@ CASTS = ("float32", "bfloat16", "float16")
 
 def run(args: Namespace) -> None:
     """Do `args.conversion`."""
-    {"hf-to-megatron": _hf_to_megatron, "megatron-to-hf": _megatron_to_hf}[args.conversion](args)
+    {
+        "hf-to-megatron": _hf_to_megatron,
+        "megatron-to-hf": _megatron_to_hf,
+        "verify": verify.run,
+    }[args.conversion](args)
 
 
 def _hf_to_megatron(args: Namespace) -> None:

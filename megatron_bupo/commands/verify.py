@@ -7,12 +7,11 @@ import math
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_bupo.config import expand, load_config
-from megatron_bupo.config.checks import check, check_against_model
+from megatron_bupo.config import expand
 from megatron_bupo.errors import InputError, RunStopped
 from megatron_bupo.launch.local import under_torchrun
 
@@ -27,35 +26,48 @@ USAGE = "give two: FIRST SECOND, or --hf DIR --megatron DIR"
 
 def run(args: Namespace) -> None:
     """Compare the two checkpoints; RunStopped where they differ."""
-    paths, overrides = read_words(args)
+    named, overrides = read_words(args)
     out = None if args.json is None else _writable(args.json)
     if under_torchrun():
         raise InputError("torchrun", "verification starts its ranks itself", "start it once")
     from megatron_bupo.verification.compare import compare
-    from megatron_bupo.verification.sides import open_side
 
     with ExitStack() as stack:
-        first, second = (open_side(path, stack) for path in paths)
+        first, second = open_both(named, stack)
         question = read_question(args, first, second, overrides)
         report = compare(first, second, question)
     show(report, first, second)
     if out is not None:
-        record = {"first": str(paths[0]), "second": str(paths[1]), "same": report.same}
+        record = {"first": str(first.path), "second": str(second.path), "same": report.same}
         out.write_text(json.dumps(_plain(record | asdict(report)), indent=2) + "\n")
     if not report.same:
         worst, count = report.differences[0], len(report.differences)
         raise RunStopped(f"{count} differences, the worst: {worst.kind} of {worst.name}")
 
 
-def read_words(args: Namespace) -> tuple[list[Path], list[str]]:
-    """The two checkpoints and the overrides, which stand in any order."""
-    words = args.overrides
-    named = [w for w in words if "=" not in w or Path(expand(w)).exists()]
-    overrides = [w for w in words if w not in named]
-    chosen = [*named, *(word for word in (args.hf, args.megatron) if word is not None)]
+def read_words(args: Namespace) -> tuple[list[tuple[str | None, Path]], list[str]]:
+    """The two checkpoints, each with its kind if that is given, and the overrides, which stand in
+    any order.
+    """
+    named = [w for w in args.overrides if "=" not in w or Path(expand(w)).exists()]
+    overrides = [word for word in args.overrides if word not in named]
+    asked = [(None, word) for word in named] + [("hf", args.hf), ("megatron", args.megatron)]
+    chosen = [(kind, Path(expand(word))) for kind, word in asked if word is not None]
     if len(chosen) != 2:
-        raise InputError("command line", f"{len(chosen)} checkpoints", USAGE)
-    return [Path(expand(word)) for word in chosen], overrides
+        raise InputError("command line", f"{len(chosen)} checkpoints are named", USAGE)
+    return chosen, overrides
+
+
+def open_both(named: Sequence[tuple[str | None, Path]], stack: ExitStack) -> list[Side]:
+    """The two checkpoints; config.json of a Megatron one that has none is that of the HF one."""
+    from megatron_bupo.verification.sides import is_megatron, open_hf, open_megatron
+
+    megatron = [kind == "megatron" or (kind is None and is_megatron(p)) for kind, p in named]
+    hf = next((path for (_, path), is_it in zip(named, megatron, strict=True) if not is_it), None)
+    return [
+        open_megatron(path, stack, hf) if is_it else open_hf(path, stack)
+        for (_, path), is_it in zip(named, megatron, strict=True)
+    ]
 
 
 def _writable(name: str) -> Path:
@@ -74,9 +86,10 @@ def read_question(
 
     from megatron_bupo.verification.logprobs import Question
 
-    for key in ("sequences", "tokens"):
-        if (value := getattr(args, key)) < (2 if key == "tokens" else 1):
-            raise InputError(f"--{key} {value}", "is too small", "choose more")
+    if args.tokens < 2:
+        raise InputError(
+            f"--tokens {args.tokens}", "nothing follows the first token", "choose more"
+        )
     if not (math.isfinite(args.tolerance) and args.tolerance >= 0):
         raise InputError(f"--tolerance {args.tolerance}", "is no tolerance", "choose e.g. 1e-5")
     megatron = [side for side in (first, second) if side.torch_dist is not None]
@@ -85,12 +98,10 @@ def read_question(
         raise InputError(overrides[0], reason, "leave it out")
     if args.no_logits:
         return None
-    model_dir = (megatron or [first])[0].files
-    settings = [f"model.path={json.dumps(str(model_dir))}", "model.dtype=float32", *overrides]
-    config = load_config(None, settings)
-    layout = check(config, None, training=False)
-    for side in megatron:
-        check_against_model(config, side.architecture, training=False)
+    from megatron_bupo.commands.convert import read_layout
+
+    config, layout = read_layout(overrides, (megatron or [first])[0].architecture)
+    config = replace(config, model=replace(config.model, dtype="float32"))
     architectures = (first.architecture, second.architecture)
     vocab = min(architecture.vocab_size for architecture in architectures)
     tokens = min(args.tokens, *(architecture.max_positions for architecture in architectures))

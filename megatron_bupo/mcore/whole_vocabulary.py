@@ -25,8 +25,8 @@ from megatron_bupo.hf.architecture import Architecture
 from megatron_bupo.hf.tensors import expected_tensors
 from megatron_bupo.mcore import model, parallel
 from megatron_bupo.mcore.actor import MegatronActor
-from megatron_bupo.mcore.checkpoint import METADATA
 from megatron_bupo.mcore.microbatches import Microbatch
+from megatron_bupo.mcore.torch_dist import METADATA
 from megatron_bupo.types import TokenBatch
 
 
@@ -44,13 +44,16 @@ class _Unknown:
 
 
 class WholeVocabulary(MegatronActor):
-    """The model of `arch` with the weights of the torch_dist checkpoint at `path`."""
+    """The model of `arch` with the weights of the torch_dist checkpoint at `path`; `stacked`: all
+    layers in one tensor.
+    """
 
-    def __init__(self, arch: Architecture, config: Config, path: Path) -> None:
+    def __init__(self, arch: Architecture, config: Config, path: Path, *, stacked: bool) -> None:
         shapes = expected_tensors(arch)
         super().__init__(arch, config, lambda name: _Unknown(shapes[name]))
+        metadata = METADATA | {"non_homogeneous_layers": not stacked}
         state = {
-            f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA))
+            f"model{i}": chunk.sharded_state_dict(metadata=dict(metadata))
             for i, chunk in enumerate(self.gpt_chunks)
         }
         loaded: Any = dist_checkpointing.load(state, str(path))
@@ -88,7 +91,7 @@ class WholeVocabulary(MegatronActor):
         return microbatch.at, logits[:, : self.arch.vocab_size].log_softmax(-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reading:
     """A torch_dist checkpoint under a layout, tokens to read, and a directory for the answers."""
 
@@ -96,6 +99,7 @@ class Reading:
     config: Config
     architecture: Architecture
     path: Path
+    stacked: bool  # all layers in one tensor, as Megatron-LM saves them
     input_ids: Tensor
     out: Path
 
@@ -105,7 +109,9 @@ def write_logprobs(reading: Reading) -> None:
     the layout runs this.
     """
     with parallel.joined(reading.layout, seed=reading.config.seed):
-        actor = WholeVocabulary(reading.architecture, reading.config, reading.path)
+        actor = WholeVocabulary(
+            reading.architecture, reading.config, reading.path, stacked=reading.stacked
+        )
         found = actor.whole_logprobs(reading.input_ids)
         if mpu.get_tensor_model_parallel_rank() == 0 and len(found["at"]):
             save_file(found, reading.out / f"{dist.get_rank()}.safetensors")

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_bupo.config.layout import Layout
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
-from megatron_bupo.hf.tensors import check_tensors, read_index
+from megatron_bupo.hf.tensors import check_tensors, check_tied, read_index
 from megatron_bupo.launch.local import run_ranks
 from megatron_bupo.verification.sides import Side
 
@@ -49,9 +49,13 @@ def not_computable(first: Side, second: Side) -> Iterator[str]:
     for side in (first, second):
         if side.torch_dist is None:
             try:
-                check_tensors(side.architecture, read_index(side.path))
+                index = read_index(side.path)
+                check_tensors(side.architecture, index)
+                check_tied(side.architecture, index)
             except InputError as error:
                 yield str(error)
+        elif not side.torch_dist.whole:
+            yield f"{side.path} holds the lower layers alone, and Megatron-Core loads whole models"
     sizes = [side.architecture.vocab_size for side in (first, second)]
     if sizes[0] != sizes[1]:
         yield f"the vocabularies have {sizes[0]} and {sizes[1]} tokens"
@@ -102,7 +106,13 @@ def megatron_logprobs(side: Side, question: Question) -> Tensor:
     out = torch.full((ids.numel(), vocab), torch.nan)
     with tempfile.TemporaryDirectory() as folder:
         reading = Reading(
-            question.layout, question.config, side.architecture, side.torch_dist, ids, Path(folder)
+            layout=question.layout,
+            config=question.config,
+            architecture=side.architecture,
+            path=side.torch_dist.path,
+            stacked=side.torch_dist.stacked,
+            input_ids=ids,
+            out=Path(folder),
         )
         run_ranks(write_logprobs, question.layout.world, reading)
         for file in Path(folder).iterdir():
