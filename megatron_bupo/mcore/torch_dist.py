@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,20 +170,20 @@ def finish(folder: Path, entries: Iterable[Entry], dtype: torch.dtype) -> None:
     state: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     storage = {}
     for entry in entries:
-        place = _StorageInfo(entry.file, entry.begin, entry.bytes)
-        storage[MetadataIndex(entry.key, entry.offsets)] = place
+        # Equal strings as one object: a pickle shows which were, and bytes are to hang on content.
+        key, file = sys.intern(entry.key), sys.intern(entry.file)
+        storage[MetadataIndex(key, entry.offsets)] = _StorageInfo(file, entry.begin, entry.bytes)
         if entry.offsets is None or entry.sizes is None or entry.shape is None:
-            state[entry.key] = BytesStorageMetadata()
+            state[key] = BytesStorageMetadata()
             continue
         empty = TensorStorageMetadata(TensorProperties(dtype), torch.Size(entry.shape), [])
-        tensor = state.setdefault(entry.key, empty)
+        tensor = state.setdefault(key, empty)
         assert isinstance(tensor, TensorStorageMetadata)
         chunk = ChunkStorageMetadata(torch.Size(entry.offsets), torch.Size(entry.sizes))
         tensor.chunks.append(chunk)
     metadata = Metadata(state, storage_data=storage, storage_meta=StorageMeta())
     metadata.version = "1.0.0"
-    with (folder / ".metadata").open("wb") as file:
-        pickle.dump(metadata, file)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     # The version is that of the order of queries, keys and values: without it Megatron-LM takes
     # them for the oldest and rearranges them.
     common = {"content_metadata": dict(METADATA), "checkpoint_version": 3.0, "iteration": 0}

@@ -8,8 +8,10 @@ name nothing but the few classes that it is made of.
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Mapping
+from enum import Enum
 from itertools import pairwise, product
 from math import prod
 from pathlib import Path
@@ -29,23 +31,26 @@ from megatron_bupo.errors import InputError
 
 MODEL = ("embedding.", "decoder.", "output_layer.")  # beside it: optimizer, rng
 WAY_OUT = "restore it from a copy"
-_ITS_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_ITS_MODULES = {
+    f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")
+}
 _ITS_VALUES = (torch.dtype, torch.layout, torch.memory_format)
+_ITS_FUNCTIONS = {("collections", "OrderedDict"), ("torch.serialization", "_get_layout")}
 
 
 class _Unpickler(pickle.Unpickler):
-    """Classes and constants that a DCP's metadata is made of, and nothing that could do harm."""
+    """Records and constants that a DCP's metadata is made of, and nothing that could do harm."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in {
-            ("collections", "OrderedDict"),
-            ("torch.serialization", "_get_layout"),
-        }:
+        if (module, name) in _ITS_FUNCTIONS:
             return super().find_class(module, name)
-        found = super().find_class(module, name) if module in {*_ITS_MODULES, "torch"} else None
+        found: Any = (
+            super().find_class(module, name) if module in {*_ITS_MODULES, "torch"} else None
+        )
         if module in _ITS_MODULES and isinstance(found, type):
-            return found
-        if found is torch.Size or isinstance(found, _ITS_VALUES):
+            if dataclasses.is_dataclass(found) or issubclass(found, Enum):
+                return found
+        elif found is torch.Size or isinstance(found, _ITS_VALUES):
             return found
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
