@@ -103,7 +103,7 @@ def is_whole(path: Path) -> bool:
     try:
         sizes: dict[str, int] = read_run(path)["files"]
         return all((path / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -42,7 +42,7 @@ def find_source(megatron: str, like: str | None) -> MegatronSource:
     if (path / SEAL).exists():
         if not is_whole(path):
             raise InputError(str(path), "is damaged: a file is missing or cut off", "restore it")
-        run = read_run(path)
+        run = _run_of(path)
     named = [Path(expand(like))] if like else []
     began_with = [Path(expand(run["config"]["model.path"]))] if run else []
     for folder in (*named, path / SIDE, *began_with):
@@ -53,6 +53,18 @@ def find_source(megatron: str, like: str | None) -> MegatronSource:
         reason += f", and model.path={began_with[0]} is gone"
     way_out = "name a directory that has them with --like DIR"
     raise InputError(f"--megatron {megatron}", reason, way_out)
+
+
+def _run_of(path: Path) -> dict[str, Any]:
+    """What the seal says of the run, of which settings and model are asked for."""
+    run = read_run(path)
+    config, architecture = run.get("config"), run.get("architecture")
+    if not (isinstance(config, dict) and isinstance(config.get("model.path"), str)):
+        reason = "does not say which model the run has trained (config: model.path)"
+        raise InputError(str(path / SEAL), reason, "restore it")
+    if not isinstance(architecture, dict):
+        raise InputError(str(path / SEAL), "has no architecture", "restore it")
+    return run
 
 
 def _checkpoint(folder: Path, where: str) -> Path:

@@ -70,9 +70,13 @@ class TorchDist:
         if not self._tensors:
             reason = "holds no weights of a Megatron-Core GPT model"
             raise InputError(str(path), reason, "give the checkpoint of one")
-        for key, tensor in self._tensors.items():
-            self._check_that_chunks_tile(key, tensor)
-        self._check_that_files_are_there()
+        try:
+            for key, tensor in self._tensors.items():
+                self._check_that_chunks_tile(key, tensor)
+            self._check_that_files_are_there()
+        except (TypeError, AttributeError, LookupError) as error:  # no numbers where they should be
+            reason = f"is damaged: what it says of the weights makes no sense ({error})"
+            raise InputError(str(path / ".metadata"), reason, WAY_OUT) from None
 
     @property
     def keys(self) -> list[str]:
@@ -155,21 +159,37 @@ class TorchDist:
             raise InputError(str(self.path / ".metadata"), reason, WAY_OUT)
 
     def _check_that_files_are_there(self) -> None:
-        ends: dict[str, int] = {}
+        """Files are as long as what lies in them, and no two things lie in one place."""
+        spans: dict[str, list[tuple[int, int, str]]] = {}
         for key, tensor in self._tensors.items():
             for chunk in tensor.chunks:
-                place = self._place(key, chunk)
-                data = prod(chunk.sizes) * tensor.properties.dtype.itemsize
-                end = place.offset + max(place.length, data)
-                ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
-        for name, end in ends.items():
+                self._check_length(key, self._place(key, chunk), chunk, tensor)
+        for index, place in self._places.items():
+            span = place.offset, place.offset + place.length, index.fqn
+            spans.setdefault(place.relative_path, []).append(span)
+        for name, held in spans.items():
             path = self.path / name
             if Path(name).name != name or not path.is_file():
                 reason = "no such file, but .metadata says that it holds weights"
                 raise InputError(str(path), reason, WAY_OUT)
-            if (bytes_ := path.stat().st_size) < end:
+            if (bytes_ := path.stat().st_size) < (end := max(end for _, end, _ in held)):
                 reason = f"is truncated: {bytes_} bytes, of at least {end}"
                 raise InputError(str(path), reason, WAY_OUT)
+            for (_, end, before), (begin, _, key) in pairwise(sorted(held)):
+                if begin < end:
+                    reason = f"is damaged: it has {key} and {before} in one place of {name}"
+                    raise InputError(str(self.path / ".metadata"), reason, WAY_OUT)
+
+    def _check_length(
+        self, key: str, place: Any, chunk: ChunkStorageMetadata, tensor: TensorStorageMetadata
+    ) -> None:
+        data = prod(chunk.sizes) * tensor.properties.dtype.itemsize
+        if place.offset < 0 or place.length < data:
+            reason = (
+                f"is damaged: it has {key} at byte {place.offset} of {place.relative_path} in "
+                f"{place.length} bytes, of at least {data}"
+            )
+            raise InputError(str(self.path / ".metadata"), reason, WAY_OUT)
 
 
 def _read_metadata(path: Path) -> Metadata:

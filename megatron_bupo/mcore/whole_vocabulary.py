@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_bupo.algorithm.bupo import FULL
 from megatron_bupo.config.layout import Layout
 from megatron_bupo.config.schema import Config
+from megatron_bupo.errors import InputError
 from megatron_bupo.hf.architecture import Architecture
 from megatron_bupo.hf.tensors import expected_tensors
 from megatron_bupo.mcore import model, parallel
@@ -56,7 +57,11 @@ class WholeVocabulary(MegatronActor):
             f"model{i}": chunk.sharded_state_dict(metadata=dict(metadata))
             for i, chunk in enumerate(self.gpt_chunks)
         }
-        loaded: Any = dist_checkpointing.load(state, str(path))
+        try:
+            loaded: Any = dist_checkpointing.load(state, str(path))
+        except Exception as error:  # of every kind, depending on what is damaged
+            reason = f"Megatron-Core cannot load it ({type(error).__name__}: {error})"
+            raise InputError(str(path), reason, "restore it from a copy") from error
         for i, chunk in enumerate(self.gpt_chunks):
             chunk.load_state_dict(loaded[f"model{i}"], strict=False)  # extra states are optional
 
