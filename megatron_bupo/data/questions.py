@@ -174,7 +174,7 @@ def _answer(row: Row, named: str | None, section: str) -> str:
         value = value[0]
     reason = ""
     if isinstance(value, list):
-        reason = f"holds {len(value)} answers, and a response is compared with one"
+        reason = f"is a list of {len(value)}, and a response is compared with one answer"
     elif isinstance(value, Mapping):
         reason = f"holds several fields; set {key}={path}.FIELD"
     elif isinstance(value, float | Decimal) and not math.isfinite(value):

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,41 @@ def test_the_order_is_the_same_in_every_process() -> None:
     there = subprocess.check_output(command, text=True, cwd=Path(__file__).parents[2])
     assert there.strip() == str(here)
     assert here == [7, 9, 1, 6, 4, 3, 0, 5, 2, 8]  # and in every release: runs resume on it
+
+
+def test_every_source_of_a_mixture_has_its_share_at_every_moment() -> None:
+    dice = random.Random(0)
+    for sources in [2, 2, 2, 3, 3, 4, 5] * 3:
+        weights = [dice.choice([dice.randint(1, 9), dice.random()]) for _ in range(sources)]
+        exact = [Fraction(str(weight)) for weight in weights]
+        named = [[Prompt(i, (1,), "", "", source=str(s)) for i in range(7)] for s in range(sources)]
+        stream = PromptStream(*named, weights=weights, prompts_per_step=1, seed=0)
+        owners = [stream.prompts_at(step)[0].source for step in range(200)]
+        d = Fraction(1, 2 * sources - 2)
+        for source, share in enumerate(weight / sum(exact) for weight in exact):
+            ahead, count = [Fraction(0)], 0
+            for position, owner in enumerate(owners, start=1):
+                count += owner == str(source)
+                ahead.append(count - share * position)
+            assert max(map(abs, ahead)) <= 1 - d, weights  # less than one prompt
+            assert max(ahead) - min(ahead) <= 2 - 2 * d, weights  # of all windows; two sources: 1
+
+
+def test_a_mixture_is_a_function_of_seed_and_step_and_repeats_no_prompt_within_an_epoch() -> None:
+    sources = [prompts(5), [Prompt(100 + i, (1,), "", "") for i in range(3)]]
+
+    def mixture(seed: int) -> PromptStream:
+        return PromptStream(*sources, weights=[2.0, 0.5], prompts_per_step=4, seed=seed)
+
+    straight = [indices(mixture(3), step) for step in range(40)]
+    assert [indices(mixture(3), step) for step in reversed(range(40))] == straight[::-1]
+    assert [indices(mixture(4), step) for step in range(40)] != straight
+    asked = [index for step in straight for index in step]
+    first, second = ([i for i in asked if (i >= 100) == later] for later in (False, True))
+    assert (len(first), len(second)) == (128, 32)
+    for of_source, size in ((first, 5), (second, 3)):
+        epochs = [of_source[i : i + size] for i in range(0, len(of_source) - size, size)]
+        assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1
+        assert len({tuple(epoch) for epoch in epochs}) > 1
+    alone = PromptStream(sources[0], prompts_per_step=5, seed=3)
+    assert first[:5] == indices(alone, 0)  # the first source is asked as if it were alone

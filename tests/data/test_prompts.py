@@ -162,9 +162,54 @@ def test_chat_messages_need_a_chat_template(write, tokenizer) -> None:
         load_prompts(source, DataConfig(), bare)
 
 
+# The switch of Qwen3's own template: without thinking, answers begin behind an empty block
+QWEN3 = (
+    "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}"
+    "{%- if enable_thinking is defined and enable_thinking is false -%}"
+    "{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}{%- endif -%}"
+)
+
+
+def test_qwen3_without_thinking_answers_behind_an_empty_think_block(write, caplog) -> None:
+    model = Tokenizer(models.WordLevel({chr(code): code for code in range(127)}))
+    model.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    qwen3 = PreTrainedTokenizerFast(tokenizer_object=model, chat_template=QWEN3)
+    source = write({"question": "1+2?", "final_answer": "3"})
+    data = DataConfig(prompt_template="boxed", chat_template_kwargs={"enable_thinking": False})
+    [prompt] = load_prompts(source, data, qwen3)
+    asked = (
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within "
+        "\\boxed{}.<|im_end|>\n<|im_start|>user\n1+2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert prompt.text == f"{asked}<think>\n\n</think>\n\n"
+    assert "".join(map(chr, prompt.input_ids)) == prompt.text
+    [prompt] = load_prompts(source, replace(data, chat_template_kwargs={}), qwen3)
+    assert prompt.text == asked
+    assert not caplog.records
+    load_prompts(source, replace(data, chat_template_kwargs={"enable_thinkin": False}), qwen3)
+    assert (
+        "chat_template_kwargs.enable_thinkin: the tokenizer's chat template has no" in caplog.text
+    )
+
+
 def test_messages_that_the_template_refuses_are_named_by_row(write, tokenizer) -> None:
-    source = write({"prompt": MESSAGES, "answer": "3"}, {"prompt": chat("user 1", "tool 3"), "answer": "3"})
+    source = write(
+        {"prompt": MESSAGES, "answer": "3"}, {"prompt": chat("user 1", "tool 3"), "answer": "3"}
+    )
     with pytest.raises(InputError, match=r"row 2 \(line 2\): .*\(no tools here\)"):
+        load_prompts(source, DataConfig(), tokenizer)
+
+
+def test_rows_that_template_or_tokenizer_refuse_are_left_out_where_bad_rows_are(
+    write, tokenizer, caplog
+) -> None:
+    rows = ["1+2=", "é", chat("user 1", "tool 3"), "4="]
+    source = write(*({"prompt": prompt, "answer": "3"} for prompt in rows))
+    prompts = load_prompts(source, DataConfig(bad_rows="skip"), tokenizer)
+    assert [prompt.index for prompt in prompts] == [0, 3]
+    assert "data.bad_rows=skip: 2 of 4 rows are bad and left out: " in caplog.text
+    with pytest.raises(InputError, match=r"^2 of 4 rows are bad: .* row 3 .*; .* row 2 "):
         load_prompts(source, DataConfig(), tokenizer)
 
 
