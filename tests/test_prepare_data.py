@@ -18,8 +18,8 @@ from tools.prepare_data import main
 
 DAPO = (  # what the hub's file has around a question, typed a second time
     "Solve the following math problem step by step. The last line of your response should be of "
-    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nWhat is "
-    '{i}+1?\n\nRemember to put your answer on its own line after "Answer:".'
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+    'What is {i}+1?\n\nRemember to put your answer on its own line after "Answer:".'
 )
 LAYOUTS: dict[str, dict[str, Any]] = {
     "deepmath-103k": {"question": "q{i}", "final_answer": "a{i}", "difficulty": 5.5, "topic": "t"},
