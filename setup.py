@@ -23,6 +23,9 @@ REQUIRES = [
     "datasets",
     "omegaconf>=2.3",
     "pyyaml",
+    # strategic grams in text: any number at once, and words by Unicode's rules
+    "pyahocorasick",
+    "regex",
     "math-verify",
     "pyarrow",
     "rich",

@@ -14,6 +14,7 @@ from megatron_bupo import checkpoints
 from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule
 from megatron_bupo.config import Config, expand, flatten, to_yaml
 from megatron_bupo.config.checks import doubts
+from megatron_bupo.credit import PlanningCredit
 from megatron_bupo.data.order import PromptStream
 from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.engines import benchmarks, prompt_stream, rollout_engine, sampling_at
@@ -72,6 +73,7 @@ def build(ready: Preflight) -> Run:
             rollouts=_rollouts(config, engine, prompts, schedule, first_step),
             benchmarks=benchmarks(config, tokenizer) if config.evaluation.every else [],
             schedule=schedule,
+            credit=PlanningCredit.of(config) if config.hicra.enabled else None,
             journal=journal,
             skipped=SkippedUpdates(config.optimizer.max_skipped_updates),
             mismatch=Mismatch(config),

@@ -67,6 +67,10 @@ def check_files(config: Config) -> DecoderSizes:
     from megatron_bupo.rewards.functions import resolve
 
     architecture = check_model(config)
+    if config.hicra.grams is not None:
+        from megatron_bupo.data.gram_files import read_grams
+
+        read_grams(Path(expand(config.hicra.grams)))
     if config.debug.replay is None:
         resolve(config.reward.function)
     return architecture

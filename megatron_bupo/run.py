@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_bupo import checkpoints
 from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule, Policy, depth_of
 from megatron_bupo.config import Config, expand, flatten
+from megatron_bupo.credit import PlanningCredit
 from megatron_bupo.evaluation.asking import Benchmark, Marks, ask, avg_at_k, measures
 from megatron_bupo.hf.architecture import DecoderSizes
 from megatron_bupo.hf.tensors import exported_tensors
@@ -45,6 +46,7 @@ class Run:
     rollouts: RolloutStream
     benchmarks: Sequence[Benchmark]
     schedule: PhaseSchedule
+    credit: PlanningCredit | None  # to planning tokens; None: all tokens count alike
     journal: Journal
     skipped: SkippedUpdates
     mismatch: Mismatch

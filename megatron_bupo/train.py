@@ -24,7 +24,7 @@ from megatron_bupo.preflight import Preflight
 from megatron_bupo.record import measures
 from megatron_bupo.record.rollout_files import Learned
 from megatron_bupo.run import Run
-from megatron_bupo.types import Grade, TokenBatch
+from megatron_bupo.types import Grade, RolloutGroup, TokenBatch
 
 
 def train(ready: Preflight) -> None:
@@ -61,6 +61,7 @@ def train_step(run: Run, step: int) -> None:
         batch, scores = with_logprobs(pack(groups, run.pad_id), policy, run)
         full = full_scores(batch, run) if must_compare(step, policy, config) else None
         batch = batch.with_advantages(advantages(grades, batch, config.algorithm))
+        batch = with_planning_credit(batch, groups, step, run, scores if policy == FULL else full)
         lr = learning_rate(step, config, phase_start=run.schedule.phase_start(step))
         with journal.doing("update"):
             minibatches = batch.minibatches(config.algorithm.minibatches)
@@ -115,6 +116,25 @@ def with_logprobs(
             ref = run.trainer.ref_logprobs(batch, policy, temperature=temperature)
         batch = batch.with_ref_logprobs(ref)
     return batch, scores
+
+
+def with_planning_credit(
+    batch: TokenBatch,
+    groups: Sequence[RolloutGroup],
+    step: int,
+    run: Run,
+    full: tuple[Tensor, Tensor] | None,
+) -> TokenBatch:
+    """The batch with more weight on the tokens that plan, where HICRA is on. `full`: the full
+    policy's scores, if they are known.
+    """
+    credit, policy = run.credit, run.schedule.policy_at(step)
+    if credit is None or not credit.is_on(step, policy):
+        return batch
+    entropies = (full or full_scores(batch, run))[1] if credit.needs_entropies else None
+    batch, known = credit.give(batch, groups, step, entropies=entropies)
+    run.journal.note(known)
+    return batch
 
 
 def advantages(

@@ -38,6 +38,7 @@ ON_TOP = {
     "__init__",
     "__main__",
     "build",
+    "credit",
     "engines",
     "run",
     "train",
@@ -67,7 +68,7 @@ ONLY_OTHERS = {
     "errors": set(),
     "progress": set(),
     "config": {"omegaconf", "yaml"},
-    "algorithm": {"torch"},
+    "algorithm": {"torch", "ahocorasick", "regex"},
 }
 
 # What runs inside SGLang's processes, whose environment has nothing of ours.

@@ -1,70 +1,107 @@
 """Which tokens plan, and which execute? A token plans where it is part of a strategic gram.
 
 Strategic grams are the few words by which reasoning is steered, "let me check whether" (HICRA,
-arXiv 2509.03646, section 2.1). A gram is found in the decoded text, whatever its case, where its
-words and punctuation marks stand one after the other; the space between them may be any. So it
-begins and ends at word boundaries, and it does not matter how a tokenizer cuts the words. A token
-plans if any of its characters lies inside a gram that is found.
+arXiv 2509.03646, section 2.1). A gram is found in the decoded text where its words and punctuation
+marks stand one after the other, so it begins and ends at word boundaries, and it does not matter
+how a tokenizer cuts the words. Words are compared without case (Unicode's compatibility caseless
+match, so that straße is STRASSE) and with one kind of apostrophe; the space between them may be
+any. Where a script has no spaces, each of its characters is a word. A token plans if any of its
+characters lies inside a gram that is found.
 
-Each word of the text begins a walk down a tree of all grams: linear in the text, whatever the
-number of grams.
+All grams are looked for at once, by an Aho-Corasick automaton over words: linear in the text,
+whatever the number of grams.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import NamedTuple
+from unicodedata import normalize
+
+import ahocorasick
+import regex
 
 Span = tuple[int, int]  # characters [start, end) of a text
 
-# A word with its apostrophes, or one character that is neither part of a word nor space
-_PIECE = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
+_SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+_APOSTROPHES = dict.fromkeys(map(ord, "\u2018\u2019\u02bc"), "'")
+# A character of a script without spaces, a word with its apostrophes, or one character that is
+# neither part of a word nor space. A combining mark belongs to its letter (not so in stdlib's re).
+_PIECE = regex.compile(
+    rf"{_SPACELESS}\p{{M}}*"
+    rf"|[\w--{_SPACELESS}]+(?:['\u2018\u2019\uff07][\w--{_SPACELESS}]+)*"
+    r"|[^\w\s\p{Cf}]",
+    regex.VERSION1,
+)
+
+
+class Found(NamedTuple):
+    """`gram` stands at the characters `[start, end)` of the text."""
+
+    gram: str
+    start: int
+    end: int
 
 
 class StrategicGrams:
     """A set of grams, ready to be looked for."""
 
     def __init__(self, grams: Iterable[str]) -> None:
-        self._tree: dict[str, Any] = {}
+        self._words: dict[str, int] = {}  # those of the grams, from 1; 0 is any other
+        self._automaton = ahocorasick.Automaton(ahocorasick.STORE_ANY, ahocorasick.KEY_SEQUENCE)
         for gram in grams:
-            node = self._tree
-            for piece, _ in _pieces(gram):
-                node = node.setdefault(piece, {})
-            if node is not self._tree:
-                node[""] = True  # no piece is empty: here a gram ends
+            words = words_of(gram)
+            if words:
+                key = tuple(self._words.setdefault(w, len(self._words) + 1) for w in words)
+                self._automaton.add_word(key, (gram, len(words)))
+        self._automaton.make_automaton()
 
-    def spans(self, text: str) -> list[Span]:
-        """Where grams stand in `text`, in order; they may overlap."""
-        pieces = _pieces(text)
-        found = []
-        for first, (_, (start, _)) in enumerate(pieces):
-            node, end = self._tree, 0
-            for place in range(first, len(pieces)):
-                piece, (_, piece_end) = pieces[place]
-                if piece not in node:
-                    break
-                node = node[piece]
-                end = piece_end if "" in node else end
-            if end:
-                found.append((start, end))
-        return found
+    def find(self, text: str) -> list[Found]:
+        """Where grams stand in `text`, also inside each other, by where they end."""
+        if not self._words:  # an automaton of nothing cannot be asked
+            return []
+        spans = [match.span() for match in _PIECE.finditer(text)]
+        known = self._words.get
+        ids = tuple([known(_folded(text[start:end]), 0) for start, end in spans])
+        return [
+            Found(gram, spans[last - words + 1][0], spans[last][1])
+            for last, (gram, words) in self._automaton.iter(ids)
+        ]
 
 
-def _pieces(text: str) -> list[tuple[str, Span]]:
-    """Words and punctuation marks, as they are compared, and where they stand."""
-    return [(m[0].casefold().replace("\u2019", "'"), m.span()) for m in _PIECE.finditer(text)]
+def words_of(text: str) -> list[str]:
+    """Words and punctuation marks of `text`, as they are compared."""
+    return [_folded(piece) for piece in _PIECE.findall(text)]
+
+
+@lru_cache(maxsize=2**16)
+def _folded(piece: str) -> str:
+    if piece.isascii():
+        return piece.lower()
+    folded = normalize("NFKC", normalize("NFKC", piece).casefold())
+    return folded.translate(_APOSTROPHES)
 
 
 def planning_mask(text: str, tokens: Sequence[Span], grams: StrategicGrams) -> list[bool]:
     """Does each token plan? `tokens`: their characters in `text`, in order."""
     planning = [False] * len(tokens)
-    first = 0
-    for start, end in grams.spans(text):
-        while first < len(tokens) and tokens[first][1] <= start:
-            first += 1
-        for i in range(first, len(tokens)):
-            if tokens[i][0] >= end:
-                break
-            planning[i] = planning[i] or tokens[i][1] > tokens[i][0]
+    at = 0
+    for start, end in _covered(grams.find(text)):
+        while at < len(tokens) and tokens[at][1] <= start:
+            at += 1
+        while at < len(tokens) and tokens[at][0] < end:
+            planning[at] = tokens[at][1] > tokens[at][0]
+            at += 1
     return planning
+
+
+def _covered(found: Sequence[Found]) -> list[Span]:
+    """The characters inside any of `found`, as spans that do not touch, in order."""
+    spans: list[Span] = []
+    for _, start, end in reversed(found):  # by end, the last first
+        if spans and end >= spans[-1][0]:
+            spans[-1] = (min(start, spans[-1][0]), spans[-1][1])
+        else:
+            spans.append((start, end))
+    return spans[::-1]

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from megatron_bupo.algorithm.planning_tokens import StrategicGrams, planning_mask
 from megatron_bupo.config import expand
+from megatron_bupo.data.gram_files import read_grams
 from megatron_bupo.data.token_texts import token_texts
 from megatron_bupo.errors import InputError
 from megatron_bupo.record.rollout_files import (
@@ -40,7 +41,9 @@ def run(args: Namespace) -> None:
     if not any(steps.values()):
         named = ", ".join(map(str, steps))
         raise InputError(f"--prompt {args.prompt}", f"is not among the prompts of step {named}")
-    grams = None if args.strategic_grams is None else read_grams(Path(expand(args.strategic_grams)))
+    grams = None
+    if args.strategic_grams is not None:
+        grams = StrategicGrams(read_grams(Path(expand(args.strategic_grams))))
     readable = partial(read_aloud, grams=grams)
     if args.html is not None:
         decode = tokenizer_of(directory, args.tokenizer)
@@ -105,19 +108,6 @@ def pick(
     if best:
         return sorted(rollouts, key=lambda r: -r.grade.reward)[:best]
     return sorted(rollouts, key=lambda r: r.grade.reward)[:worst] if worst else list(rollouts)
-
-
-def read_grams(path: Path) -> StrategicGrams:
-    """Strategic grams, one a line; `#` begins a comment."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
-        raise InputError(str(path), reason, "give a text file, a gram per line") from None
-    grams = [gram for line in lines if (gram := line.partition("#")[0].strip())]
-    if not grams:
-        raise InputError(str(path), "holds no grams", "write one a line, e.g. let me check whether")
-    return StrategicGrams(grams)
 
 
 def tokenizer_of(directory: Path, named: str | None) -> Decode:

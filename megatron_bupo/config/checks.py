@@ -15,6 +15,7 @@ from megatron_bupo.config import algorithm_rules, rollout_rules, server_rules
 from megatron_bupo.config.data_rules import check_data
 from megatron_bupo.config.debug_rules import check_debug
 from megatron_bupo.config.evaluation_rules import check_evaluation
+from megatron_bupo.config.hicra_rules import check_hicra
 from megatron_bupo.config.internal_layout_rules import (
     check_internal_layout,
     check_internal_layout_against_model,
@@ -50,6 +51,9 @@ CHOICES = {
     "algorithm.loss_aggregation": ("token_mean", "sequence_mean"),
     "algorithm.kl_estimator": ("k1", "k2", "k3"),
     "algorithm.kl_in": ("loss", "reward"),
+    "hicra.mask": ("grams", "placebo", "entropy"),
+    "hicra.form": ("paper", "amplify"),
+    "hicra.phases": ("full", "internal", "both"),
     "bupo.optimizer_at_switch": ("per_layer_step", "common_step", "reset", "warmup"),
     "optimizer.decay": ("constant", "linear", "cosine"),
 }
@@ -90,6 +94,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda x: 0 < x < 1,
         "algorithm.clip_low evaluation.confidence",
     ),
+    ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "hicra.entropy_share"),
+    ("at least 0", lambda x: x >= 0, "hicra.alpha hicra.from_step"),
     ("greater than 1, or null for no dual clip", lambda x: x > 1, "algorithm.dual_clip"),
 )
 
@@ -101,6 +107,7 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     check_optimizer(config)
     _schedule_is_one_of_two_kinds(config)
     _stages_go_bottom_up(config)
+    check_hicra(config)
     check_parallel(config)
     check_timeouts(config)
     check_evaluation(config)

@@ -1,5 +1,5 @@
 """Every knob, with its unit, default and meaning. YAML files hold deltas to these; nothing else
-holds defaults. What is asked and how it is graded stands in `questions.py`.
+holds defaults. What is asked and how it is graded stands in `questions.py`, HICRA in `hicra.py`.
 
 No torch here: a config is read, checked and printed before anything heavy is imported.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_bupo.config.hicra import HicraConfig
 from megatron_bupo.config.questions import (
     BenchmarkConfig,
     DataConfig,
@@ -18,10 +19,11 @@ from megatron_bupo.config.questions import (
     SourceConfig,
 )
 
-__all__ = [  # here, and what stands in `questions.py`
+__all__ = [  # here, and what stands in those two
     "BenchmarkConfig",
     "DataConfig",
     "EvaluationConfig",
+    "HicraConfig",
     "RewardConfig",
     "RewardTermConfig",
     "SourceConfig",
@@ -246,6 +248,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     bupo: BupoConfig = field(default_factory=BupoConfig)
+    hicra: HicraConfig = field(default_factory=HicraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -34,11 +34,17 @@ def test_the_defaults_pass_and_lay_out_one_rank():
 def test_every_choice_and_range_is_a_key_of_the_schema():
     flat = flatten(Config())
     assert {key for _, _, keys in RANGES for key in keys.split()} <= flat.keys()
-    somewhere = 'servers.addresses=["http://10.0.0.1:30000"]'  # none is started, nothing probed
+    grams, internal = "hicra.grams=grams", ["bupo.target_layer=1", "bupo.internal_steps=1"]
+    needs = {
+        "sglang": ['servers.addresses=["http://10.0.0.1:30000"]'],  # nothing started or probed
+        "placebo": [grams],
+        "amplify": [grams],
+        "both": [grams],
+        "internal": [grams, *internal],
+    }
     for key, choices in CHOICES.items():
         for choice in choices:
-            served = [somewhere] * (choice == "sglang")
-            check(config_with(f"{key}={choice}", *served), None)
+            check(config_with(f"{key}={choice}", *needs.get(choice, [])), None)
 
 
 @pytest.mark.parametrize(

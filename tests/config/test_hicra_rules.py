@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_bupo.config.checks import check
+from megatron_bupo.config.load import load_config
+from megatron_bupo.errors import InputError
+
+BASE = ["model.path=m", "data.train=d", "reward.function=math", "parallel.dp=1", "steps=10"]
+GRAMS = "hicra.grams=grams.yaml"
+
+
+def refusal(*settings: str) -> str:
+    with pytest.raises(InputError) as refused:
+        check(load_config(None, [*BASE, *settings]), None)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [GRAMS],
+        [GRAMS, "hicra.mask=placebo", "hicra.alpha=0"],
+        [GRAMS, "hicra.form=amplify", "hicra.alpha=2"],
+        ["hicra.mask=entropy"],
+        [GRAMS, "hicra.phases=internal", "bupo.target_layer=2", "bupo.internal_steps=4"],
+        [GRAMS, "hicra.from_step=9", "bupo.target_layer=2", "bupo.internal_steps=4"],
+    ],
+)
+def test_settings_that_do_what_they_say_pass(settings: list[str]):
+    check(load_config(None, [*BASE, *settings]), None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["hicra.alpha=0.5"], "hicra.alpha=0.5: does nothing without hicra.grams"),
+        (["hicra.mask=placebo"], "hicra.mask=placebo: does nothing without hicra.grams"),
+        ([GRAMS, "hicra.mask=entropy"], "hicra.grams=grams.yaml: is not looked at"),
+        ([GRAMS, "hicra.alpha=1.5"], "failures would be rewarded"),
+        ([GRAMS, "hicra.alpha=-0.1"], "hicra.alpha=-0.1"),
+        ([GRAMS, "hicra.mask=gram"], "hicra.mask=gram"),
+        ([GRAMS, "hicra.from_step=10"], "no step of the run"),
+        ([GRAMS, "hicra.phases=internal"], "no step of the run"),
+        ([GRAMS, "bupo.target_layer=2", "bupo.internal_steps=10"], "no step of the run"),
+        (["hicra.mask=entropy", "hicra.entropy_share=0"], "hicra.entropy_share=0"),
+        (
+            "hicra.mask=entropy hicra.phases=both bupo.target_layer=2 bupo.internal_steps=4"
+            " bupo.internal_layout.tp=1".split(),
+            "has only the internal policy's layers",
+        ),
+    ],
+)
+def test_settings_that_do_nothing_or_something_else_are_refused(settings: list[str], told: str):
+    assert told in refusal(*settings)
