@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 
 from megatron_bupo.config.schema import Config, DataConfig
 from megatron_bupo.errors import InputError
 
 TEMPLATES = ("boxed", "octothinker")  # see data/questions.py
 SLOT = "{question}"
+_LETTERS = "letters, digits and . _ -"
 
 
 def check_data(config: Config, *, training: bool) -> None:
@@ -42,10 +44,11 @@ def _sources_can_be_mixed(data: DataConfig) -> None:
             reason = f"is data.sources[{before.index(source.path)}] too"
             raise InputError(f"{where}.path={source.path}", reason, "add their weights up")
         if source.name is not None:
-            named = [other.name for other in data.sources[:i]]
-            if source.name in named or not source.name.strip():
-                reason = "does not tell it from the others in metrics"
-                raise InputError(f"{where}.name={source.name}", reason, "choose another")
+            shown = f"{where}.name={source.name}"
+            if not re.fullmatch(r"[\w.-]+", source.name):
+                raise InputError(shown, "cannot be a part of a metric's name", f"use {_LETTERS}")
+            if source.name in [other.name for other in data.sources[:i]]:
+                raise InputError(shown, "is another source's name", "choose another")
 
 
 def _template_is_one(data: DataConfig) -> None:

@@ -60,7 +60,7 @@ def training_sources(data: DataConfig) -> list[Source]:
         Source(
             source.path,
             f"data.sources[{i}].path",
-            f"{name}_{i}" if names.count(name) > 1 else name,
+            f"{name}#{i}" if names.count(name) > 1 else name,
             source.weight,
             f"data.sources[{i}]",
             source.prompt_column or data.prompt_column,

@@ -139,7 +139,7 @@ def test_a_recipe_gives_the_settings_and_not_its_layout(tmp_path: Path, model: P
         (["--data", "ROWS", "--grade"], "ROWS row 3 (line 3): has no column 'answer'; mend the "),
         (["--data", "ROWS", "--grade", "reward.function=nobody:home"], "reward.function=nobody:"),
         (["--data", "none.jsonl"], "none.jsonl: there is no such file; "),
-        (["--prompt", ""], "--prompt '': data.prompt_column=prompt is neither text nor "),
+        (["--prompt", ""], "--prompt '': column 'prompt' is empty; "),
         (["--prompt", "?"], "--prompt '?': the tokenizer leaves nothing of its pro"),
         (["--prompt", "7", "--policy", "layer=4"], "--policy layer=4: is the last layer of a 4-"),
         (["--prompt", "7", "--policy", "full", "--policy", "layer=5"], "--policy layer=5: the mod"),

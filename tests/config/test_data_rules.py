@@ -43,8 +43,9 @@ def test_settings_that_say_one_thing_pass(settings: tuple[str, ...]) -> None:
         ),
         (
             ("data.sources=[{path: a, name: x}, {path: b, name: x}]",),
-            "data.sources[1].name=x: does not tell it from the others",
+            "data.sources[1].name=x: is another source's name",
         ),
+        (("data.sources=[{path: a, name: x/y}]",), "data.sources[0].name=x/y: cannot be a part"),
         (
             ("data.train=a", "data.prompt_template=octothinkr"),
             "data.prompt_template=octothinkr: is neither boxed nor octothinker nor a text with",

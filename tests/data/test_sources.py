@@ -66,7 +66,7 @@ def test_a_mixtures_prompts_know_their_source_and_rows_are_counted_through(
 def test_sources_are_named_after_their_files_and_equal_names_get_their_number() -> None:
     paths = ["org/DeepMath-103K:train", "x/train.jsonl", "y/train.parquet", "my data.csv"]
     sources = training_sources(DataConfig(sources=[SourceConfig(path) for path in paths]))
-    assert [source.name for source in sources] == ["DeepMath-103K", "train_1", "train_2", "my_data"]
+    assert [source.name for source in sources] == ["DeepMath-103K", "train#1", "train#2", "my_data"]
     assert name_of("NAME") == "NAME"
 
 
