@@ -39,7 +39,9 @@ def build(ready: Preflight) -> Run:
     with ExitStack() as stack:
         stack.enter_context(heartbeat(run_dir, ready.layout.world, config.logging.stall_s))
         replay = None if config.debug.replay is None else Replay(config.debug.replay)
-        grader = replay or Grader(config.reward)  # early: its process starts while the rest loads
+        most = config.rollout.max_response_tokens
+        # early: its process starts while the rest loads
+        grader = replay or Grader(config.reward, max_response_tokens=most)
         stack.callback(grader.close)
         newest = checkpoints.newest_checkpoint(run_dir)
         first_step, path = newest or (0, None)

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 
 from megatron_bupo import collective
 from megatron_bupo.commands.evaluate import Evaluation
+from megatron_bupo.config.evaluation_rules import max_response_tokens
 from megatron_bupo.config.schema import EvaluationConfig
 from megatron_bupo.engines import rollout_engine, sharing_ranks
 from megatron_bupo.evaluation.asking import Benchmark, Marks, ask, avg_at_k
@@ -47,7 +48,9 @@ def evaluate(evaluation: Evaluation, state: State | None) -> None:
         done = collective.gather([[len(questions) for questions in marks]])[0]
         left = [len(b.prompts) - n for b, n in zip(evaluation.benchmarks, done, strict=True)]
         if any(left):
-            grader = Grader(config.reward)  # early: its process starts while the rest loads
+            most = max_response_tokens(config)
+            # early: its process starts while the rest loads
+            grader = Grader(config.reward, max_response_tokens=most)
             stack.callback(grader.close)
             engine = rollout_engine(config, ready.architecture, evaluation.tokenizer, run_dir=out)
             stack.callback(engine.close)

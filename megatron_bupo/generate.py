@@ -49,7 +49,8 @@ def generate(generation: Generation) -> None:
     ready, config = generation.ready, generation.ready.config
     with ExitStack() as stack:
         stack.enter_context(sharing_ranks())
-        grader = Grader(config.reward) if generation.grades else None
+        most = config.rollout.max_response_tokens
+        grader = Grader(config.reward, max_response_tokens=most) if generation.grades else None
         if grader is not None:
             stack.callback(grader.close)
         run_dir = Path(expand(config.run_dir)) / "generate"  # servers keep their logs there

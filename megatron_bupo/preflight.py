@@ -64,7 +64,7 @@ def preflight(config: Config, world_size: int | None) -> Preflight:
 
 def check_files(config: Config) -> DecoderSizes:
     """The model, its tokenizer and the reward function exist and fit; without torch."""
-    from megatron_bupo.rewards.functions import resolve
+    from megatron_bupo.rewards.terms import check_terms
 
     architecture = check_model(config)
     if config.hicra.grams is not None:
@@ -72,7 +72,7 @@ def check_files(config: Config) -> DecoderSizes:
 
         read_grams(Path(expand(config.hicra.grams)))
     if config.debug.replay is None:
-        resolve(config.reward.function)
+        check_terms(config.reward, config.rollout.max_response_tokens)
     return architecture
 
 

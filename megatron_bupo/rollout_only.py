@@ -28,7 +28,8 @@ def rollout_only(ready: Preflight) -> None:
     config, run_dir = ready.config, Path(expand(ready.config.run_dir))
     with ExitStack() as stack:
         stack.enter_context(heartbeat(run_dir, ready.layout.world, config.logging.stall_s))
-        grader = Grader(config.reward)
+        most = config.rollout.max_response_tokens
+        grader = Grader(config.reward, max_response_tokens=most)
         stack.callback(grader.close)
         stack.enter_context(sharing_ranks())
         tokenizer = load_tokenizer(expand(config.model.tokenizer or config.model.path))

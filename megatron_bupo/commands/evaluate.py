@@ -35,7 +35,7 @@ from megatron_bupo.launch.local import (
 )
 from megatron_bupo.launch.lock import hold
 from megatron_bupo.preflight import Preflight, check_model, check_vocabulary
-from megatron_bupo.rewards.functions import resolve
+from megatron_bupo.rewards.terms import check_terms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ def read_evaluation(args: Namespace) -> Evaluation:
         raise InputError("evaluation.benchmarks", "there is nothing to evaluate on", way_out)
     architecture = check_model(config, training=False)
     check_vocabulary(config, architecture)
-    resolve(config.reward.function)
+    check_terms(config.reward, max_response_tokens(config))
     model = _model_name(config)
     beside = paper_model(args.beside, model)
     check_servers(config, layout.world)

@@ -25,7 +25,7 @@ from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.errors import InputError
 from megatron_bupo.launch.local import run_ranks, under_torchrun
 from megatron_bupo.preflight import Preflight, check_model, check_vocabulary
-from megatron_bupo.rewards.functions import resolve
+from megatron_bupo.rewards.terms import check_terms
 from megatron_bupo.rollout.reading import check_prompt
 from megatron_bupo.types import Prompt
 
@@ -69,7 +69,7 @@ def read_generation(args: Namespace) -> Generation:
     policies = read_policies(args.policy, architecture.layers, read_out_norm=args.read_out_norm)
     check_vocabulary(config, architecture)
     if args.grade:
-        resolve(config.reward.function)
+        check_terms(config.reward, config.rollout.max_response_tokens)
     out = Path(expand(args.out)) if args.out else None
     if out is not None and not out.parent.is_dir():
         raise InputError(f"--out {args.out}", f"{out.parent} is not a directory", "make it first")

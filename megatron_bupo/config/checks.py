@@ -29,6 +29,7 @@ from megatron_bupo.config.parallel_rules import (
     check_parallel,
     check_parallel_against_model,
 )
+from megatron_bupo.config.reward_rules import check_reward
 from megatron_bupo.config.rollout_rules import check_rollout
 from megatron_bupo.config.schema import Config
 from megatron_bupo.config.server_rules import check_servers
@@ -71,7 +72,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         trainer.microbatch_size trainer.max_tokens_per_microbatch trainer.logprob_chunk_tokens
         checkpoint.every checkpoint.keep
         evaluation.responses_per_prompt evaluation.max_prompts evaluation.max_response_tokens
-        evaluation.responses_per_batch evaluation.bootstrap_samples reward.memory_mb""",
+        evaluation.responses_per_batch evaluation.bootstrap_samples
+        reward.memory_mb reward.processes""",
     ),
     (
         "at least 0",
@@ -110,6 +112,7 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     check_hicra(config)
     check_parallel(config)
     check_timeouts(config)
+    check_reward(config.reward)
     check_evaluation(config)
     check_data(config, training=training)
     check_debug(config)

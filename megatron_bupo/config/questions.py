@@ -58,13 +58,14 @@ class RewardTermConfig:
 class RewardConfig:
     """How responses are graded."""
 
-    # math | exact_match | format | length | overlong | package.module:function |
+    # math | exact_match | format | length | overlong | repetition | package.module:function |
     # path/to/file.py:function | http://HOST:PORT/PATH
     function: str = "math"
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the function
     terms: list[RewardTermConfig] = field(default_factory=list)  # instead of the two: a sum
-    timeout_s: float = 5.0  # per rollout; then reward 0 and a counted warning
-    memory_mb: int | None = 2048  # that the grading process may take beyond what it starts with
+    timeout_s: float = 5.0  # per rollout and term; then 0 and a counted warning
+    memory_mb: int | None = 2048  # that a grading process may take beyond what it starts with
+    processes: int | None = None  # that grade, for each rank; None: its share of the cores, <= 8
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_bupo.algorithm.bupo import FULL, Policy
 from megatron_bupo.algorithm.kl import kl_estimates
+from megatron_bupo.record.answer_types import answer_type
 from megatron_bupo.types import Grade, Rollout, RolloutGroup, SyncReport, TokenBatch, UpdateReport
 
 if TYPE_CHECKING:
@@ -37,7 +38,28 @@ def rollout_measures(
         "rollout/truncated_fraction": fmean(r.finish_reason == "length" for r in _rollouts(groups)),
         "rollout/cut_fraction": fmean(r.finish_reason == "abort" for r in _rollouts(groups)),
         "rollout/reward_warnings": sum(g.warning is not None for group in grades for g in group),
+        **_reward_measures(groups, grades),
     }
+
+
+def _reward_measures(
+    groups: Sequence[RolloutGroup], grades: Sequence[Sequence[Grade]]
+) -> dict[str, float]:
+    """The terms of a composed reward, before they are weighed, and correctness by the type of the
+    reference answer, where there is more than one.
+    """
+    terms: dict[str, list[float]] = {}
+    types: dict[str, list[float]] = {}
+    for group, its_grades in zip(groups, grades, strict=True):
+        of_type = types.setdefault(answer_type(group.prompt.answer), [])
+        of_type += [grade.correctness for grade in its_grades]
+        for grade in its_grades:
+            for name, value in grade.components.items():
+                terms.setdefault(name, []).append(value)
+    known = {f"reward/{name}_mean": fmean(values) for name, values in sorted(terms.items())}
+    if len(types) > 1:
+        known |= {f"reward/answers_{n}_mean": fmean(v) for n, v in sorted(types.items()) if v}
+    return known
 
 
 def _source_rewards(

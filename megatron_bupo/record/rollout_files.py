@@ -21,6 +21,7 @@
     policy_entropies  * nats, of the same
     ref_logprobs      * nats, of the same policy with the initial weights; null: no KL is asked for
     reward, warning   the grade; why it is 0 where grading failed, else null
+    components        the terms of a composed reward by name, before they are weighed
     advantages        * what the loss weighs each token with
     policy_version    steps that the weights had learned from when the first token was drawn
     versions          [version, start, end]: response tokens [start, end) are of these weights
@@ -143,6 +144,7 @@ def fields_of(rollout: Rollout, grade: Grade) -> dict[str, Any]:
     return {
         "reward": grade.reward,
         "warning": grade.warning,
+        "components": dict(grade.components),
         "prompt_index": prompt.index,
         "source": prompt.source,
         "prompt": prompt.text,
@@ -180,6 +182,8 @@ def to_line(line: Mapping[str, Any]) -> str:
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
     return [_finite(x) for x in value] if isinstance(value, list | tuple) else value
 
 
@@ -211,7 +215,7 @@ def _rollout(where: str, text: str) -> RecordedRollout:
         return _parsed(json.loads(text))
     except KeyError as error:
         raise InputError(where, f"has no {error.args[0]!r}", _WAY_OUT) from None
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise InputError(where, f"is no rollout ({error})", _WAY_OUT) from None
 
 
@@ -235,10 +239,15 @@ def _parsed(line: Any) -> RecordedRollout:
         ),
         response_ids=tuple(map(index, line["response_ids"])),
         rollout_logprobs=_per_token(line, "rollout_logprobs"),
-        grade=Grade(_float(line["reward"]), line["warning"]),
+        grade=Grade(_float(line["reward"]), line["warning"], _components(line)),
         versions=tuple(VersionSpan(*span) for span in line["versions"]),
         **fields,
     )
+
+
+def _components(line: Mapping[str, Any]) -> dict[str, float]:
+    terms = line.get("components", {})  # older files have none
+    return {name: _float(value) for name, value in terms.items()}
 
 
 def _per_token(line: Mapping[str, Any], name: str) -> tuple[float, ...]:

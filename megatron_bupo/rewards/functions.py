@@ -1,18 +1,20 @@
-"""Which function grades, and what does it want to know? `reward.function` and its signature tell.
+"""Which function grades, and what does it want to know? Its name and its signature tell.
 
 The plain form is `fn(response, answer) -> float`, both strings. Further parameters are filled by
 name: `prompt` (what the model read, as text), `row` (the data row as a dict), `response_ids`,
-`finish_reason`. A function written for verl, `fn(data_source, solution_str, ground_truth,
-extra_info=None)`, works as it is where it returns a number.
+`finish_reason`; a function all of whose parameters are such names needs no `answer`. A function
+written for verl, `fn(data_source, solution_str, ground_truth, extra_info=None)`, works as it is
+where it returns a number. `reward.options` are keyword arguments beside these.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -24,10 +26,15 @@ from megatron_bupo.types import Rollout
 
 BUILT_IN = {
     "math": "megatron_bupo.rewards.math_answers:math",
-    "exact_match": "megatron_bupo.rewards.math_answers:exact_match",
+    "exact_match": "megatron_bupo.rewards.exact_match:exact_match",
+    "format": "megatron_bupo.rewards.shaping:format_",
+    "length": "megatron_bupo.rewards.shaping:length",
+    "overlong": "megatron_bupo.rewards.shaping:overlong",
+    "repetition": "megatron_bupo.rewards.shaping:repetition",
 }
 _WRITE = (
-    f"choose {' or '.join(BUILT_IN)}, or write package.module:function or path/to/file.py:function"
+    f"choose {', '.join(BUILT_IN)}, or write package.module:function, path/to/file.py:function or "
+    "http://HOST:PORT/PATH"
 )
 
 
@@ -59,32 +66,33 @@ class Arguments:
     keywords: tuple[str, ...]
 
     def of(self, rollout: Rollout) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The `(args, kwargs)` that grade `rollout`."""
+        """The `(args, kwargs)` that grade `rollout`, without the options."""
         return (
             tuple(FILLED[name](rollout) for name in self.positional),
             {name: FILLED[name](rollout) for name in self.keywords},
         )
 
 
-def resolve(name: str) -> Callable[..., Any]:
-    """The function that `reward.function` names, checked to be one that can grade a rollout."""
+def resolve(name: str, *, key: str = "reward.function") -> Callable[..., Any]:
+    """The function that `name`, the value of `key`, names."""
+    where = f"{key}={name}"
     source, colon, attribute = BUILT_IN.get(name, name).rpartition(":")
     if not (source and colon and attribute):
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
         raise InputError(
-            f"reward.function={name}", "is neither built in nor an import path", _WRITE
+            where,
+            "is neither built in nor an import path",
+            (f"the nearest is {near[0]}; or " if near else "") + _WRITE,
         )
-    module = _import(name, source)
+    module = _import(where, source)
     try:
         function = attrgetter(attribute)(module)
     except AttributeError:
         way_out = f"it defines {', '.join(_public_functions(module)) or 'no function'}"
-        raise InputError(
-            f"reward.function={name}", f"{source} has no {attribute}", way_out
-        ) from None
+        raise InputError(where, f"{source} has no {attribute}", way_out) from None
     if not callable(function):
         kind = type(function).__name__
-        raise InputError(f"reward.function={name}", f"is a {kind}, not a function", _WRITE)
-    arguments_of(function, name)
+        raise InputError(where, f"is a {kind}, not a function", _WRITE)
     return function
 
 
@@ -94,14 +102,25 @@ def absolute(name: str) -> str:
     return f"{Path(source).resolve()}{colon}{attribute}" if _is_file(source) else name
 
 
-def arguments_of(function: Callable[..., Any], name: str) -> Arguments:
-    """What `function`, called `name` in the config, is to be called with."""
+def arguments_of(
+    function: Callable[..., Any],
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    key: str = "reward.function",
+) -> Arguments:
+    """What `function`, called `name` under `key` of the config, is to be called with beside its
+    `options`.
+    """
+    where, options = f"{key}={name}", options or {}
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some functions written in C do not tell
         return Arguments(("response", "answer"), ())
+    _check_options(where, parameters, options)
+    parameters = [p for p in parameters if p.name not in options]
     positional: tuple[str, ...] = ()
-    if not any(pair <= {p.name for p in parameters} for pair in _BY_NAME):
+    if not _is_called_by_name(parameters):
         positional = ("response", "answer")
         leading = [
             p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
@@ -114,15 +133,45 @@ def arguments_of(function: Callable[..., Any], name: str) -> Arguments:
             reason = (
                 f"cannot be called as fn(response, answer), its parameters are {_names(parameters)}"
             )
-            way_out = "let response and answer come first"
-            raise InputError(f"reward.function={name}", reason, way_out)
+            raise InputError(where, reason, "let response and answer come first")
         parameters = [p for p in parameters if p.name not in leading]
     unknown = [p for p in parameters if p.name not in FILLED and _is_required(p)]
     if unknown:
         reason = f"has parameters that nothing fills: {_names(unknown)}"
-        way_out = f"give them defaults, or choose among {', '.join(FILLED)}"
-        raise InputError(f"reward.function={name}", reason, way_out)
+        keys = ", ".join(f"{_options(where)}.{p.name}" for p in unknown)
+        raise InputError(where, reason, f"set {keys}, or choose among {', '.join(FILLED)}")
     return Arguments(positional, tuple(p.name for p in parameters if p.name in FILLED))
+
+
+def _is_called_by_name(parameters: list[inspect.Parameter]) -> bool:
+    names, required = {p.name for p in parameters}, {p.name for p in parameters if _is_required(p)}
+    return any(pair <= names for pair in _BY_NAME) or bool(required and required <= FILLED.keys())
+
+
+def _options(where: str) -> str:
+    return where.partition("=")[0].removesuffix("function") + "options"
+
+
+def _check_options(
+    where: str, parameters: list[inspect.Parameter], options: Mapping[str, Any]
+) -> None:
+    """Every option is the name of a parameter that a keyword can reach."""
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    takes = [
+        p.name
+        for p in parameters
+        if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in FILLED
+    ]
+    for option in options:
+        if option not in takes:
+            near = difflib.get_close_matches(option, takes, n=1)
+            there = f"it takes {', '.join(takes)}" if takes else "it takes none"
+            raise InputError(
+                f"{_options(where)}.{option}",
+                f"is no option of {where.partition('=')[2]}",
+                f"the nearest is {near[0]}" if near else there,
+            )
 
 
 def _names(parameters: list[inspect.Parameter]) -> str:
@@ -138,11 +187,11 @@ def _is_file(source: str) -> bool:
     return source.endswith(".py")
 
 
-def _import(name: str, source: str) -> ModuleType:
+def _import(where: str, source: str) -> ModuleType:
     """The module or file `source`; what it imports may lie beside that file or in the cwd."""
     path = Path(source).resolve()
     if _is_file(source) and not path.is_file():
-        raise InputError(f"reward.function={name}", f"there is no file {path}", _WRITE)
+        raise InputError(where, f"there is no file {path}", _WRITE)
     beside = str(path.parent if _is_file(source) else Path.cwd())
     if beside not in sys.path:
         sys.path.append(beside)
@@ -152,10 +201,10 @@ def _import(name: str, source: str) -> ModuleType:
         if error.name and f"{source}.".startswith(f"{error.name}."):
             way_out = "check the spelling, or put its directory on PYTHONPATH"
             reason = f"there is no module {error.name}"
-            raise InputError(f"reward.function={name}", reason, way_out) from error
-        raise _import_error(name, source, error) from error
+            raise InputError(where, reason, way_out) from error
+        raise _import_error(where, source, error) from error
     except (Exception, SystemExit) as error:
-        raise _import_error(name, source, error) from error
+        raise _import_error(where, source, error) from error
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -168,9 +217,9 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _import_error(name: str, source: str, error: BaseException) -> InputError:
+def _import_error(where: str, source: str, error: BaseException) -> InputError:
     reason = f"importing {source} raises {type(error).__name__}: {error}"
-    return InputError(f"reward.function={name}", reason, "make `import` of it work on its own")
+    return InputError(where, reason, "make `import` of it work on its own")
 
 
 def _public_functions(module: ModuleType) -> list[str]:

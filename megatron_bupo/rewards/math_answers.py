@@ -1,12 +1,23 @@
-r"""Is the last `\boxed{...}` of a response the right answer? No box gets 0; otherwise two rules.
+r"""Does the last `\boxed{...}` of a response mean the same as the reference? No box gets 0.
 
-`math` asks whether the two answers mean the same (math-verify, on sympy). `exact_match` is the rule
-of the BuPO authors' runs: equal strings after the normalisation that came with the MATH data set
-(Hendrycks et al., arXiv 2103.03874). Theirs has a quirk that ours has not: one `\boxed ` with a
-space makes it overlook every `\boxed{...}`.
+math-verify compares, on sympy. What it gets wrong and reinforcement learning would find out, is
+decided before it is asked:
 
-Both are plain functions without a time limit: sympy can be sent to sleep by an answer such as
-`9^{9^{9^9}}`, so `grader.py` runs them in a process that can be killed.
+- a reference that is a word is compared as a word, without regard to case (to math-verify `listen`
+  is `silent`, a product of letters, and `Yes.` is not `Yes`);
+- an answer that is still to be worked out (an integral, a sum, a limit that the reference does not
+  have) is none: else asking the question back would be the answer;
+- only formulas are read, not the last number in a text (else 2 is $2^{\aleph_0}$);
+- repeating decimals are read as such (else `0.\overline{3}` is 0), and numbers in two different
+  bases differ;
+- an answer of more than `LONGEST` characters, or of numbers too large to be worked out, is wrong
+  unless it is the reference to the letter.
+
+What remains is math-verify's: percent signs and units do not count (5\% is 5 and 0.05; 5\text{ m}
+is 5\text{ km}), decimals count to six places, `(1,2)` is a point, an open interval and the list
+`1,2` in that order, a list is a set (`5,5` is `5`), the value of `x=5` is 5, and 90^\circ is 90.
+
+These are plain functions without a time limit: `grader.py` runs them in a process with one.
 """
 
 from __future__ import annotations
@@ -14,108 +25,168 @@ from __future__ import annotations
 import logging
 import re
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
-from math_verify import parse, verify
+import sympy
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Basic, MatrixBase
+
+from megatron_bupo.rewards.boxes import last_boxed
+from megatron_bupo.rewards.magnitude import TooLarge, check_size
 
 # math-verify's own time limit is a SIGALRM, which would undo the worker's; without one it warns.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
+_log = logging.getLogger(__name__)
 
-_INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
+LONGEST = 1000  # characters of an answer that is parsed
 
-# Hendrycks normalisation: what is replaced before and after the unit on the right is cut off.
-_BEFORE_UNIT = (
-    ("\n", ""),
-    (r"\!", ""),
-    (r"\\", "\\"),
-    ("tfrac", "frac"),
-    ("dfrac", "frac"),
-    (r"\left", ""),
-    (r"\right", ""),
-    (r"^{\circ}", ""),
-    (r"^\circ", ""),
-    (r"\$", ""),
+_INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
+_WORD = re.compile(r"(?:[A-Z][a-z]+|[A-Z]{3,}|[a-z]{4,}|yes|no)(?: [A-Za-z]+)*")
+_WORD_IN_TEXT = re.compile(r"[A-Za-z]{2,}(?: [A-Za-z]+)*")
+_IN_BASE = re.compile(r"[0-9A-Za-z]+_(?:\{([0-9]+)\}|([0-9]+))")
+_ALTERNATIVES = re.compile(r"[0-9]|\b(?:or|not)\b")
+_UNFINISHED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
+
+_TIDY = (
+    (re.compile(r"[\u2010-\u2015\u2212]"), "-"),
+    (re.compile(r"[\s~]+"), " "),
+    (re.compile(r"\\(?:left|right)(?![A-Za-z])|\\displaystyle|\\!"), ""),
+    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
+    (re.compile(r"(?<=[0-9])(?:\\[,;: ]|\{,\}| )(?=[0-9]{3}(?![0-9]))"), ""),  # 1\,000
+    (re.compile(r"^(-?[0-9]+) ([0-9]+)/([0-9]+)$"), r"\1\\frac{\2}{\3}"),  # 1 1/2
+    (re.compile(r"(?<=\W) | (?=\W)"), ""),
+    # A unit at the end, and no more than one: `5\text{ or }6` and `5\text{ or 6}` stay
+    (
+        re.compile(r"(?<=[0-9)}i])\\(?:text|mbox|mathrm)\{[A-Za-z.]+( [a-z]+)*\}(\^\{?[23]\}?)?$"),
+        "",
+    ),
 )
-_AFTER_UNIT = ((r"\%", ""), (" .", " 0."), ("{.", "{0."))
+_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
 
 
 def math(response: str, answer: str) -> float:
     """1.0 where the last box means the same as `answer`, else 0.0."""
     boxed = last_boxed(response)
-    return float(boxed is not None and _equivalent(boxed, answer))
+    return float(boxed is not None and _same(boxed, last_boxed(answer) or answer))
 
 
-def exact_match(response: str, answer: str) -> float:
-    """1.0 where the last box is `answer` after normalisation of both, else 0.0."""
-    boxed = last_boxed(response)
-    return float(boxed is not None and normalize(boxed) == normalize(answer))
+def tidy(answer: str) -> str:
+    """The answer without what is only typesetting."""
+    answer = answer.strip()
+    if answer.startswith("$"):
+        answer = answer.strip("$")
+    if len(answer) > LONGEST:
+        return answer
+    for pattern, new in _TIDY:
+        answer = pattern.sub(new, answer)
+    return _REPEATING.sub(_fraction, answer.strip().rstrip(".,;: "))
 
 
-def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}`, or, where there is none, in the last `\fbox{...}`.
-
-    None where that is not closed. Without braces (`\boxed 5`) it is what follows up to white space
-    or a dollar sign.
-    """
-    for command in ("boxed", "fbox"):
-        commands = list(re.finditer(rf"\\{command}(?![A-Za-z])\s*", text))
-        if commands:
-            return _argument(text, commands[-1].end())
-    return None
+def _fraction(repeating: re.Match[str]) -> str:
+    whole, once, again = repeating.groups()
+    numerator = int(whole + once + again) - int(f"0{whole}{once}")
+    return rf"\frac{{{numerator}}}{{{10 ** len(once) * (10 ** len(again) - 1)}}}"
 
 
-def _argument(text: str, start: int) -> str | None:
-    if not text.startswith("{", start):
-        bare = re.split(r"[\s$]", text[start:], maxsplit=1)[0]
-        return bare.rstrip(".,;:") or None
-    depth = 0
-    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):  # `\{` is no brace
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0 and brace.group() == "}":
-            return text[start + 1 : brace.start()]
-    return None
-
-
-def normalize(answer: str) -> str:
-    """The answer as a string that equal answers of the MATH data set share."""
-    for old, new in _BEFORE_UNIT:
-        answer = answer.replace(old, new)
-    answer = answer.partition(r"\text{ ")[0]
-    for old, new in _AFTER_UNIT:
-        answer = answer.replace(old, new)
-    if answer.startswith("."):
-        answer = f"0{answer}"
-    name, equals, value = answer.partition("=")
-    if equals and "=" not in value and len(name) <= 2:  # `x = 5`
-        answer = value
-    answer = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", answer).replace(" ", "")
-    answer = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", answer)
-    answer = re.sub(r"\\frac([^{]){", r"\\frac{\1}{", answer)
-    if answer == "0.5":
-        return r"\frac{1}{2}"
-    return re.sub(r"\A(-?[0-9]+)/(-?[0-9]+)\Z", r"\\frac{\1}{\2}", answer)
+_given_up: set[tuple[str, str]] = set()  # answers that the process was interrupted at
 
 
 # The responses of a group share few answers, and a prompt comes back in every epoch.
 @lru_cache(maxsize=100_000)
-def _equivalent(boxed: str, answer: str) -> bool:
-    answer = last_boxed(answer) or answer  # a whole worked solution will do
-    mine, gold = normalize(boxed), normalize(answer)
-    if mine and mine == gold:
-        return True
+def _same(boxed: str, answer: str) -> bool:
+    mine, gold = tidy(boxed), tidy(answer)
+    if mine == gold or not (mine and gold):
+        return bool(mine)
+    if len(mine) > LONGEST or len(gold) > LONGEST:
+        return False
     if _INTEGER.fullmatch(mine) and _INTEGER.fullmatch(gold):  # spares most data the parser
         return int(mine) == int(gold)
-    return verify(_parsed_gold(answer), _parsed(boxed), timeout_seconds=None)
+    if (word := _word(gold)) is not None:
+        return _unwrapped(mine).casefold() == word.casefold()
+    if not (_bases_agree(mine, gold) and _texts_agree(mine, gold)):
+        return False
+    if (mine, gold) in _given_up:
+        raise TooLarge("the same answer has been given up before")
+    _given_up.add((mine, gold))  # crossed out only if we come back, whatever may interrupt us
+    same = _verified(mine, gold)
+    _given_up.discard((mine, gold))
+    return same
+
+
+def _unwrapped(answer: str) -> str:
+    text = _TEXT.fullmatch(answer)
+    return (text[1] if text else answer).strip(" .,;:!")
+
+
+def _word(answer: str) -> str | None:
+    """The word that `answer` is; None: it is a formula."""
+    plain = _unwrapped(answer)
+    pattern = _WORD if plain == answer else _WORD_IN_TEXT
+    return plain if pattern.fullmatch(plain) else None
+
+
+def _bases_agree(boxed: str, answer: str) -> bool:
+    bases = [m[1] or m[2] for m in map(_IN_BASE.fullmatch, (boxed, answer)) if m]
+    return len(set(bases)) < 2
+
+
+def _texts_agree(boxed: str, answer: str) -> bool:
+    """Words between formulas, which math-verify passes over: `5\\text{ or 6}` is not 5."""
+    mine, gold = (" ".join(_TEXT.findall(text)).casefold() for text in (boxed, answer))
+    if mine and gold:
+        return mine.split() == gold.split()
+    return not _ALTERNATIVES.search(mine)
+
+
+def _verified(boxed: str, answer: str) -> bool:
+    golds, mine = parsed_gold(answer), _parsed(boxed)
+    pairs = list(product(golds, mine))
+    if any(type(g) is type(m) and g == m for g, m in pairs):  # `==` compares trees as they stand
+        return True
+    for gold, answered in pairs:
+        if isinstance(gold, str) or isinstance(answered, str):
+            continue
+        if _is_unfinished(answered) and not _is_unfinished(gold):
+            continue
+        check_size(answered)
+        if _agree(gold, answered):
+            return True
+    return False
+
+
+def _agree(gold: Basic | MatrixBase, answered: Basic | MatrixBase) -> bool:
+    try:
+        return verify(
+            gold,
+            answered,
+            timeout_seconds=None,
+            allow_set_relation_comp=True,
+            raise_on_error=True,
+        )
+    except MemoryError:
+        raise
+    except Exception:  # sympy cannot compare them
+        return False
+
+
+def _is_unfinished(tree: Basic | MatrixBase) -> bool:
+    return tree.has(*_UNFINISHED)
 
 
 @lru_cache(maxsize=100_000)
-def _parsed_gold(answer: str) -> list[Any]:
-    return _parsed(answer)
+def parsed_gold(answer: str) -> list[Any]:
+    """What math-verify reads in a reference answer: expressions, or else only a string. The log
+    tells of the latter, once.
+    """
+    parsed = _parsed(answer)
+    if all(isinstance(part, str) for part in parsed):
+        _log.warning("math cannot parse the answer %r: only the same string is right", answer)
+    return parsed
 
 
 def _parsed(answer: str) -> list[Any]:
-    # math-verify finds formulas by their dollar signs, and inline ones on one line only
-    line = answer.replace("\n", " ").strip()
-    if line.startswith("$"):
-        line = line.strip("$")
-    return parse(f"${line}$", parsing_timeout=0)
+    # math-verify finds formulas by their dollar signs
+    return parse(f"${answer}$", [LatexExtractionConfig()], parsing_timeout=0)

@@ -7,7 +7,8 @@ import pytest
 
 from megatron_bupo.errors import InputError
 from megatron_bupo.rewards.functions import absolute, arguments_of, resolve
-from megatron_bupo.rewards.math_answers import exact_match, math
+from megatron_bupo.rewards.exact_match import exact_match
+from megatron_bupo.rewards.math_answers import math
 from megatron_bupo.types import Prompt, Rollout
 
 PROMPT = Prompt(3, (4, 10), "13", "4+9=", {"data_source": "sums", "extra_info": {"n": 2}})
@@ -82,7 +83,7 @@ def test_a_function_that_does_not_import_is_named_with_the_reason(
     write(tmp_path / "fine.py", fine + "def greedy(response, answer, temperature): ...\n")
     name = name.format(dir=tmp_path)
     with pytest.raises(InputError) as caught:
-        resolve(name)
+        arguments_of(resolve(name), name)
     assert str(caught.value).startswith(f"reward.function={name}: ")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -4,7 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from megatron_bupo.rewards.math_answers import exact_match, last_boxed, math, normalize
+from megatron_bupo.rewards.boxes import last_boxed
+from megatron_bupo.rewards.exact_match import exact_match, normalize
+from megatron_bupo.rewards.math_answers import math
 
 
 @pytest.mark.parametrize(
