@@ -281,6 +281,8 @@ def _in_words(kind: Any) -> str:
         return f"{_in_words(arguments[0])} or null"
     if get_origin(kind) is tuple:
         return f"a list of {len(arguments)} numbers"
+    if get_origin(kind) is list and not dataclasses.is_dataclass(arguments[0]):
+        return f"a list, each {_in_words(arguments[0])}"
     if get_origin(kind) is list:
         fields = ", ".join(field.name for field in dataclasses.fields(arguments[0]))
         return f"a list of {{{fields}}}"

@@ -90,6 +90,11 @@ def test_contradictions_are_refused(settings: list[str], message: str):
     assert refusal(*settings).startswith(message)
 
 
+def test_a_list_of_numbers_that_holds_something_else_is_described():
+    with pytest.raises(InputError, match="must be a list, each a whole number"):
+        load_config(None, [*BASE, "evaluation.pass_at=[1, null]"])
+
+
 @pytest.mark.parametrize(
     ("suite", "asked"),
     [
