@@ -93,10 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_smollm2(out: Path, *, kv_heads: int | None = None) -> Path:
     """Write the checkpoint to the new directory `out`, which appears when it is complete."""
-    fields, reader = read_gguf(gguf_file())
-    heads = _heads(fields, kv_heads)
     if out.exists():
         raise InputError(f"--out {out}", "exists already", "choose a new directory, or remove it")
+    fields, reader = read_gguf(gguf_file())
+    heads = _heads(fields, kv_heads)
     work = out.with_name(f".{out.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     try:
