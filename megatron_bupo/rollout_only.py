@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from megatron_bupo import collective
@@ -21,6 +22,8 @@ from megatron_bupo.record import measures
 from megatron_bupo.record.heartbeat import heartbeat
 from megatron_bupo.record.journal import Journal
 from megatron_bupo.rewards.grader import Grader
+from megatron_bupo.rollout.ahead import RolloutStream
+from megatron_bupo.sample import sample
 
 
 def rollout_only(ready: Preflight) -> None:
@@ -43,14 +46,22 @@ def rollout_only(ready: Preflight) -> None:
         engine.wait_until_up(journal.say)
         if speaks:
             (run_dir / "config.yaml").write_text(to_yaml(config))
+        rollouts = RolloutStream(
+            engine,
+            prompts.prompts_at,
+            partial(sampling_at, config),
+            first_step=0,
+            last_step=config.steps,
+            staleness_at=lambda _: 0,
+            recorded=True,  # the weights stay what they are
+        )
+        rounds = config.rollout.dynamic_sampling_rounds
         for step in range(config.steps):
             with journal.step(step, FULL):
-                with journal.doing("generate"):
-                    groups = engine.generate(prompts.prompts_at(step), sampling_at(config, step))
-                with journal.doing("grade"):
-                    grades = grader.grade(groups)
+                sampled = sample(step, rollouts, grader, journal, rounds=rounds)
+                groups, grades = sampled.groups, sampled.grades
                 journal.dump(groups, grades)
-                journal.note(measures.rollout_measures(groups, grades))
+                journal.note(sampled.measures | measures.rollout_measures(groups, grades))
                 for warning in measures.warnings_of(grades):
                     journal.say(f"warning: {warning}")
         if speaks:

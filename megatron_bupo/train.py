@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_bupo.algorithm.advantages import group_relative_advantages
+from megatron_bupo.algorithm.advantages import token_advantages
 from megatron_bupo.algorithm.bupo import FULL, Policy
-from megatron_bupo.algorithm.kl import less_kl
+from megatron_bupo.algorithm.kl import kl_estimates
 from megatron_bupo.build import build
 from megatron_bupo.config.schema import AlgorithmConfig, Config
 from megatron_bupo.data.packing import pack
@@ -24,6 +24,7 @@ from megatron_bupo.preflight import Preflight
 from megatron_bupo.record import measures
 from megatron_bupo.record.rollout_files import Learned
 from megatron_bupo.run import Run
+from megatron_bupo.sample import sample
 from megatron_bupo.types import Grade, RolloutGroup, TokenBatch
 
 
@@ -54,11 +55,11 @@ def train_step(run: Run, step: int) -> None:
             run.evaluate("eval/initial_")
         if run.schedule.begins_at(step):
             trainer.begin_phase()
-        with journal.doing("generate"):
-            groups = run.rollouts.at(step)
-        with journal.doing("grade"):
-            grades = run.grader.grade(groups)
-        batch, scores = with_logprobs(pack(groups, run.pad_id), policy, run)
+        rounds = config.rollout.dynamic_sampling_rounds
+        sampled = sample(step, run.rollouts, run.grader, journal, rounds=rounds)
+        groups, grades = sampled.groups, sampled.grades
+        batch = learners(pack(groups, run.pad_id), groups, config.algorithm)
+        batch, scores = with_logprobs(batch, policy, run)
         full = full_scores(batch, run) if must_compare(step, policy, config) else None
         batch = batch.with_advantages(advantages(grades, batch, config.algorithm))
         batch = with_planning_credit(batch, groups, step, run, scores if policy == FULL else full)
@@ -75,7 +76,8 @@ def train_step(run: Run, step: int) -> None:
         known = measures.policy_measures(policy, scores or updates[0].scores, batch, full=full)
         journal.note(known)
         run.warn(run.mismatch.after(step, known))
-        journal.note(run.rollouts.measures() | measures.rollout_measures(groups, grades))
+        journal.note(run.rollouts.measures() | sampled.measures)
+        journal.note(measures.rollout_measures(groups, grades))
         journal.note(measures.update_measures(updates, lr))
         run.warn(measures.warnings_of(grades))
         if config.evaluation.every and (step + 1) % config.evaluation.every == 0:
@@ -118,6 +120,19 @@ def with_logprobs(
     return batch, scores
 
 
+def learners(
+    batch: TokenBatch, groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig
+) -> TokenBatch:
+    """The batch, with what is not to learn marked: with `mask_truncated`, responses that were cut.
+    Their rewards say nothing of what they would have come to (overlong filtering: DAPO, arXiv
+    2503.14476, section 3.4); the others are compared with them all the same.
+    """
+    if not algorithm.mask_truncated:
+        return batch
+    ended = [r.finish_reason == "stop" for group in groups for r in group.rollouts]
+    return batch.with_learners(torch.tensor(ended))
+
+
 def with_planning_credit(
     batch: TokenBatch,
     groups: Sequence[RolloutGroup],
@@ -140,18 +155,20 @@ def with_planning_credit(
 def advantages(
     grades: Sequence[Sequence[Grade]], batch: TokenBatch, algorithm: AlgorithmConfig
 ) -> Tensor:
-    """What each response is worth, `[prompts, responses_per_prompt]`: its reward, where the KL to
-    the reference counts there less that, beside those of its group.
+    """What each response token is worth, `[responses, tokens]`: the response's reward, where the KL
+    to the reference counts there less that, beside those of others.
     """
-    rewards = torch.tensor([[grade.reward for grade in group] for group in grades])
+    kl = None
     if algorithm.kl_coefficient and algorithm.kl_in == "reward":
         assert batch.old_logprobs is not None
         assert batch.ref_logprobs is not None
-        rewards = less_kl(
-            rewards,
-            batch.old_logprobs,
-            batch.ref_logprobs,
-            coefficient=algorithm.kl_coefficient,
-            estimator=algorithm.kl_estimator,
-        )
-    return group_relative_advantages(rewards, normalize_by_std=algorithm.normalize_by_std)
+        old, ref = batch.old_logprobs.double(), batch.ref_logprobs.double()
+        kl = kl_estimates(old, ref, estimator=algorithm.kl_estimator)
+    return token_advantages(
+        torch.tensor([[grade.reward for grade in group] for group in grades]),
+        batch.learning_mask,
+        estimator=algorithm.advantage,
+        normalize_by_std=algorithm.normalize_by_std,
+        kl=kl,
+        kl_coefficient=algorithm.kl_coefficient,
+    )

@@ -117,6 +117,7 @@ class TokenBatch:
     # fp32, nats; of the policy that this step trains, before its first update; None: it has but one
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None  # fp32, nats; of the same policy with the initial weights
+    learns: Tensor | None = None  # bool; None: every response token does
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -149,14 +150,28 @@ class TokenBatch:
         """The same batch with the reference's log-probs, `[responses, tokens]` nats."""
         return replace(self, ref_logprobs=ref_logprobs)
 
+    @property
+    def learning_mask(self) -> Tensor:
+        """The response tokens that learn, bool."""
+        return self.response_mask if self.learns is None else self.learns
+
+    def with_learners(self, responses: Tensor) -> TokenBatch:
+        """The same batch, of which only `responses` (bool `[responses]`) learn."""
+        return replace(self, learns=self.response_mask & responses.unsqueeze(1))
+
+    def of_learners(self) -> TokenBatch:
+        """The batch as if what does not learn were no response at all."""
+        return replace(self, response_mask=self.learning_mask, learns=None)
+
     def with_advantages(self, advantages: Tensor) -> TokenBatch:
-        """The same batch with its advantages, `[prompts, responses_per_prompt]`: one for all
-        tokens of a response.
+        """The same batch with its advantages: one for all tokens of a response, `[prompts,
+        responses_per_prompt]`, or one for each token, `[responses, tokens]`.
         """
-        if advantages.numel() != len(self):
-            raise ValueError(f"{advantages.numel()} advantages for {len(self)} responses")
-        per_token = advantages.reshape(-1, 1).float() * self.response_mask
-        return replace(self, advantages=per_token)
+        if advantages.shape != self.input_ids.shape:
+            if advantages.numel() != len(self):
+                raise ValueError(f"{advantages.numel()} advantages for {len(self)} responses")
+            advantages = advantages.reshape(-1, 1)
+        return replace(self, advantages=advantages.float() * self.learning_mask)
 
 
 class Weights(Protocol):

@@ -71,43 +71,56 @@ def dense_logprobs(
 
 def loop_loss(
     logprobs: Tensor,
+    entropies: Tensor,
     batch: TokenBatch,
     *,
     aggregation: str,
+    kind: str = "clipped",
+    longest: int = 0,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = 10.0,
     tis_cap: float | None = None,
+    entropy_coefficient: float = 0.0,
 ) -> Tensor:
-    """The clipped loss, one response and one token at a time; `tis_cap`: each token weighs what it
-    is likelier for the learner than for the sampler.
+    """The loss, one response and one token at a time; `tis_cap`: each token weighs what it is
+    likelier for the learner than for the sampler. `longest` is for constant_length.
     """
     assert batch.old_logprobs is not None
     assert batch.advantages is not None
+    learns = batch.response_mask if batch.learns is None else batch.learns
     per_response = []
     for i in range(len(batch)):
         losses = []
-        for t in range(batch.input_ids.shape[1]):
-            if not batch.response_mask[i, t]:
-                continue
-            ratio = torch.exp(logprobs[i, t] - batch.old_logprobs[i, t])
+        tokens = [t for t in range(batch.input_ids.shape[1]) if learns[i, t]]
+        log_ratios = [logprobs[i, t] - batch.old_logprobs[i, t] for t in tokens]
+        for t, log_ratio in zip(tokens, log_ratios, strict=True):
+            ratio = torch.exp(log_ratio)
+            if kind == "gspo":
+                ratio = torch.exp(torch.stack(log_ratios).mean())
             advantage = float(batch.advantages[i, t])
             gain = ratio * advantage
-            if advantage > 0 and ratio > 1 + clip_high:
-                gain = torch.tensor((1 + clip_high) * advantage)
-            if advantage < 0 and ratio < 1 - clip_low:
-                gain = torch.tensor((1 - clip_low) * advantage)
-            if dual_clip is not None and advantage < 0 and ratio > dual_clip:
-                gain = torch.tensor(dual_clip * advantage)
+            if kind == "cispo":
+                weight = min(max(float(ratio.detach()), 1 - clip_low), 1 + clip_high)
+                gain = weight * advantage * logprobs[i, t]
+            if kind in {"clipped", "gspo"}:
+                if advantage > 0 and ratio > 1 + clip_high:
+                    gain = torch.tensor((1 + clip_high) * advantage)
+                if advantage < 0 and ratio < 1 - clip_low:
+                    gain = torch.tensor((1 - clip_low) * advantage)
+                if dual_clip is not None and advantage < 0 and ratio > dual_clip:
+                    gain = torch.tensor(dual_clip * advantage)
             weight = 1.0
             if tis_cap is not None:
                 log_weight = float(batch.old_logprobs[i, t]) - float(batch.rollout_logprobs[i, t])
                 weight = min(math.exp(log_weight), tis_cap)
-            losses.append(-gain * weight)
+            losses.append(-gain * weight - entropy_coefficient * entropies[i, t])
         per_response.append(losses)
-    tokens = sum(len(losses) for losses in per_response)
+    total = torch.stack([x for losses in per_response for x in losses]).sum()
     if aggregation == "token_mean":
-        return torch.stack([x for losses in per_response for x in losses]).sum() / tokens
+        return total / sum(len(losses) for losses in per_response)
+    if aggregation == "constant_length":
+        return total / (len(batch) * longest)
     means = [torch.stack(losses).sum() / len(losses) for losses in per_response if losses]
     return torch.stack(means).sum() / len(batch)
 
@@ -131,7 +144,7 @@ def dense_update(
     """
     model.zero_grad()
     logprobs, entropies = dense_logprobs(model, batch, policy)
-    loss = loop_loss(logprobs, batch, aggregation=aggregation, **knobs)
+    loss = loop_loss(logprobs, entropies, batch, aggregation=aggregation, **knobs)
     loss.backward()
     grads = by_hf_name(
         (name, torch.zeros_like(p) if p.grad is None else p.grad.clone())

@@ -42,6 +42,7 @@ ON_TOP = {
     "engines",
     "run",
     "train",
+    "sample",
     "score",
     "generate",
     "evaluate",

@@ -25,9 +25,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
+from megatron_bupo.algorithm import policy_loss as formulas
 from megatron_bupo.algorithm.advantages import token_weights
 from megatron_bupo.algorithm.bupo import Policy
-from megatron_bupo.algorithm.policy_loss import clipped_policy_loss
 from megatron_bupo.bed import chain_sums
 from megatron_bupo.build import build
 from megatron_bupo.config import load_config
@@ -196,8 +196,10 @@ def policy_loss(logprobs: Tensor, batch: TokenBatch) -> Tensor:
     old, advantages, weights = (
         x[:, -logprobs.shape[1] :] for x in (batch.old_logprobs, batch.advantages, weights)
     )
-    clip = {"clip_low": CLIP, "clip_high": CLIP}
-    return clipped_policy_loss(logprobs, old, advantages, weights, **clip)[0]
+    loss, _ = formulas.policy_loss(
+        logprobs, old, advantages, weights, clip_low=CLIP, clip_high=CLIP
+    )
+    return loss
 
 
 def our_loss(

@@ -40,15 +40,3 @@ def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str) -> T
         log_r = log_r.clamp(max=EXPONENT_LIMIT)
         return torch.expm1(log_r) - log_r
     raise ValueError(f"unknown estimator {estimator!r}; choose k1, k2 or k3")
-
-
-def less_kl(
-    rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, *, coefficient: float, estimator: str
-) -> Tensor:
-    """`rewards [prompts, responses_per_prompt]` less `coefficient` times each response's KL to the
-    reference, the sum over its tokens: what advantages are then computed from, fp64.
-
-    `logprobs` and `ref_logprobs` are `[responses, tokens]` nats, zero outside responses.
-    """
-    kl = kl_estimates(logprobs.double(), ref_logprobs.double(), estimator=estimator).sum(dim=1)
-    return rewards.double() - coefficient * kl.view_as(rewards)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 
 from megatron_bupo.config import algorithm_rules, rollout_rules, server_rules
+from megatron_bupo.config.algorithm_rules import check_algorithm
 from megatron_bupo.config.data_rules import check_data
 from megatron_bupo.config.debug_rules import check_debug
 from megatron_bupo.config.evaluation_rules import check_evaluation
@@ -47,9 +48,15 @@ CHOICES = {
     "sync.mode": ("broadcast", "http", "disk", "ipc"),
     "sync.pause": ("retract", "in_place", "abort"),
     "algorithm.rollout_correction": ("auto", "tis", "none"),
-    "algorithm.advantage": ("grpo",),
-    "algorithm.loss": ("clipped",),
-    "algorithm.loss_aggregation": ("token_mean", "sequence_mean"),
+    "algorithm.advantage": (
+        "grpo",
+        "dr_grpo",
+        "rloo",
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+    ),
+    "algorithm.loss": ("clipped", "gspo", "cispo", "unclipped"),
+    "algorithm.loss_aggregation": ("auto", "token_mean", "sequence_mean", "constant_length"),
     "algorithm.kl_estimator": ("k1", "k2", "k3"),
     "algorithm.kl_in": ("loss", "reward"),
     "hicra.mask": ("grams", "placebo", "entropy"),
@@ -78,10 +85,11 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "at least 0",
         lambda x: x >= 0,
-        """seed algorithm.kl_coefficient bupo.internal_steps optimizer.lr optimizer.min_lr
-        optimizer.warmup_steps optimizer.weight_decay evaluation.every evaluation.temperature
-        rollout.temperature
-        logging.stall_s rollout.max_staleness servers.restarts debug.mismatch_every""",
+        """seed algorithm.kl_coefficient algorithm.entropy_coefficient bupo.internal_steps
+        optimizer.lr optimizer.min_lr optimizer.warmup_steps optimizer.weight_decay
+        evaluation.every evaluation.temperature rollout.temperature logging.stall_s
+        rollout.max_staleness rollout.dynamic_sampling_rounds servers.restarts
+        debug.mismatch_every""",
     ),
     (
         "greater than 0",
@@ -90,12 +98,12 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         optimizer.eps optimizer.clip_grad rollout.step_budget_s servers.start_timeout_s
         servers.request_timeout_s servers.batch_timeout_s servers.health_every_s sync.timeout_s""",
     ),
-    ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "rollout.top_p evaluation.top_p"),
     (
-        "between 0 and 1, both excluded",
-        lambda x: 0 < x < 1,
-        "algorithm.clip_low evaluation.confidence",
+        "greater than 0 and at most 1",
+        lambda x: 0 < x <= 1,
+        "rollout.top_p evaluation.top_p algorithm.clip_low",
     ),
+    ("between 0 and 1, both excluded", lambda x: 0 < x < 1, "evaluation.confidence"),
     ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "hicra.entropy_share"),
     ("at least 0", lambda x: x >= 0, "hicra.alpha hicra.from_step"),
     ("greater than 1, or null for no dual clip", lambda x: x > 1, "algorithm.dual_clip"),
@@ -120,7 +128,7 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     layout = parallel_sizes(config, world_size)
     if training:
         _responses_are_drawn(config)
-        _groups_can_be_compared(config)
+        check_algorithm(config)
         check_rollout(config)
         check_internal_layout(config, layout.world)
         _minibatches_divide(config)
@@ -179,15 +187,6 @@ def _responses_are_drawn(config: Config) -> None:
             "rollout.temperature=0.0",
             "all responses to a prompt would be the same one, and the ratio has no temperature",
             "choose more than 0; evaluation.temperature=0 evaluates greedily",
-        )
-
-
-def _groups_can_be_compared(config: Config) -> None:
-    if config.algorithm.advantage == "grpo" and config.rollout.responses_per_prompt < 2:
-        raise InputError(
-            f"rollout.responses_per_prompt={config.rollout.responses_per_prompt}",
-            "grpo compares the responses to one prompt with each other",
-            "choose at least 2",
         )
 
 

@@ -49,6 +49,9 @@ class RolloutConfig:
     max_response_tokens: int = 1024
     temperature: float = 1.0
     top_p: float = 1.0
+    # Groups whose rewards are all equal are replaced by groups of further prompts, in at most so
+    # many rounds; see rollout/dynamic_sampling.py
+    dynamic_sampling_rounds: int = 0
     batch_size: int = 256  # responses that the embedded engine decodes at a time, per rank
     # The rest is for servers. Steps whose rollouts may be generated ahead, while others train; 0:
     # strictly on-policy
@@ -97,21 +100,38 @@ class SyncConfig:
 class AlgorithmConfig:
     """From rewards to a loss. Defaults: the GRPO of the BuPO paper's runs (Table 8, scripts)."""
 
+    # grpo | dr_grpo | rloo | reinforce_plus_plus | reinforce_plus_plus_baseline; formulas in
+    # algorithm/advantages.py
     advantage: str = "grpo"
-    normalize_by_std: bool = True  # (R - mean) / (std + 1e-6), unbiased std; false: R - mean
+    normalize_by_std: bool = True  # of grpo: (R - mean) / (std + 1e-6), unbiased; false: R - mean
+    # clipped | gspo | cispo | unclipped; formulas in algorithm/policy_loss.py
     loss: str = "clipped"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: float = 0.2  # ratios are clipped below 1 - clip_low; 1: never
+    clip_high: float = 0.2  # and above 1 + clip_high
     dual_clip: float | None = 10.0  # bound on the ratio's weight where A < 0; None: off
-    loss_aggregation: str = "token_mean"  # token_mean | sequence_mean (the paper's equation)
+    # token_mean | sequence_mean (the paper's equation) | constant_length (1 over responses x
+    # rollout.max_response_tokens) | auto: the last with dr_grpo, sequence_mean with gspo, else the
+    # first
+    loss_aggregation: str = "auto"
     minibatches: int = 4  # optimizer updates per step
     kl_coefficient: float = 0.0  # of the KL to the initial model under the same policy; 0: none
     kl_estimator: str = "k3"  # k1 | k2 | k3
     kl_in: str = "loss"  # loss | reward
+    entropy_coefficient: float = 0.0  # of the entropy of the policy that trains, a bonus; 0: none
+    mask_truncated: bool = False  # responses that were cut, for whatever reason, do not learn
     # Truncated importance sampling in the full-policy phase: a token weighs at most tis_cap, else
     # old policy / sampler. auto: where rollout.max_staleness > 0 | tis: always | none
     rollout_correction: str = "auto"
     tis_cap: float = 2.0
+
+    @property
+    def aggregation(self) -> str:
+        """`loss_aggregation`, with what auto stands for."""
+        if self.loss_aggregation != "auto":
+            return self.loss_aggregation
+        if self.advantage == "dr_grpo":
+            return "constant_length"
+        return "sequence_mean" if self.loss == "gspo" else "token_mean"
 
     @property
     def needs_old_logprobs(self) -> bool:

@@ -114,6 +114,14 @@ def context_group() -> dist.ProcessGroup:
     return cast("dist.ProcessGroup", mpu.get_context_parallel_group())
 
 
+def sum_over_context(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` summed over the ranks that hold the other tokens of its sequences, in place."""
+    group = context_group()
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
 def sum_over_tokens(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` summed over all ranks that see other tokens (data- and context-parallel), in
     place.

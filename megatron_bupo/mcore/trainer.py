@@ -14,20 +14,16 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from torch import Tensor
 
-from megatron_bupo.algorithm.advantages import token_weights
 from megatron_bupo.algorithm.bupo import FULL, Policy
-from megatron_bupo.algorithm.kl import kl_estimates
-from megatron_bupo.algorithm.policy_loss import ClipStatistics, clipped_policy_loss
-from megatron_bupo.algorithm.rollout_correction import truncated_importance_weights
 from megatron_bupo.config.schema import Config
 from megatron_bupo.hf.architecture import DecoderSizes
-from megatron_bupo.mcore import cpu, parallel
 from megatron_bupo.mcore.actor import MegatronActor, put_together
 from megatron_bupo.mcore.ddp import PhasedDDP, overlap
 from megatron_bupo.mcore.hf_weights import Unit, units
 from megatron_bupo.mcore.microbatches import Microbatch, input_lengths
 from megatron_bupo.mcore.moe import balancing_routers, mean_imbalance
 from megatron_bupo.mcore.native import build_native
+from megatron_bupo.mcore.objective import Objective
 from megatron_bupo.mcore.optimizer import PhasedOptimizer
 from megatron_bupo.mcore.reference import ReferenceWeights
 from megatron_bupo.mcore.weight_stream import ActorWeights, trained_units
@@ -99,6 +95,8 @@ class MegatronTrainer(MegatronActor):
 
         Its old log-probs come from the same policy; without any, they are those of now.
         """
+        if minibatch.old_logprobs is not None:
+            minibatch = minibatch.of_learners()  # else what does not learn is to be scored
         trained = self.trained(policy)
         parameters = {p for p, unit in self._unit_of.items() if unit in trained}
         for chunk in self.wrapped:
@@ -107,11 +105,10 @@ class MegatronTrainer(MegatronActor):
         self.optimizer.zero_grad()
         for router in self.routers:
             router.begin(sum(input_lengths(minibatch)))
-        weights = token_weights(minibatch.response_mask, self.config.algorithm.loss_aggregation)
         corrected = policy == FULL and self.config.corrects_rollouts
-        learn = partial(self._loss, minibatch, weights, corrected=corrected)
-        outcomes = self._run(minibatch, policy, learn=learn)
-        report = self._report([sums for sums, _ in outcomes], corrected=corrected)
+        objective = Objective(minibatch, self.config, corrected=corrected)
+        outcomes = self._run(minibatch, policy, learn=partial(self._loss, objective))
+        report = objective.report([sums for sums, _ in outcomes])
         if self.balances:
             imbalance = mean_imbalance(self.routers, self.arch.experts, policy)
             report["update/expert_imbalance"] = imbalance
@@ -125,75 +122,21 @@ class MegatronTrainer(MegatronActor):
         )
 
     def _loss(
-        self,
-        minibatch: TokenBatch,
-        weights: Tensor,
-        microbatch: Microbatch,
-        hidden: Tensor,
-        *,
-        corrected: bool,
+        self, objective: Objective, microbatch: Microbatch, hidden: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, tuple[Tensor, Tensor]]]:
         """Loss, token count and what to report (sums, and the tokens' log-probs and entropies), as
         Megatron's schedule wants them.
         """
-        algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
-        old, at = minibatch.old_logprobs, microbatch.at.cpu()
         logprobs, entropies = self._read_out(
-            microbatch, hidden, temperature, with_entropy=old is None
+            microbatch,
+            hidden,
+            self.config.rollout.temperature,
+            with_entropy=objective.with_entropy,
         )
-
-        def here(column: Tensor | None) -> Tensor:
-            assert column is not None
-            return column.flatten()[at].to(logprobs.device)
-
-        before = logprobs.detach() if old is None else here(old)
-        counts, correction = here(weights), ()
-        if corrected:
-            rollout, cap = here(minibatch.rollout_logprobs), algorithm.tis_cap
-            importance, cut = truncated_importance_weights(before, rollout, cap=cap)
-            counts = counts * importance
-            correction = importance.sum(), cut.float().sum()
-        loss, statistics = clipped_policy_loss(
-            logprobs,
-            before,
-            here(minibatch.advantages),
-            counts,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            dual_clip=algorithm.dual_clip,
-        )
-        kl = torch.zeros_like(logprobs)
-        if minibatch.ref_logprobs is not None:
-            ref = here(minibatch.ref_logprobs)
-            kl = kl_estimates(logprobs, ref, estimator=algorithm.kl_estimator)
-            if algorithm.kl_in == "loss":
-                loss = loss + algorithm.kl_coefficient * (kl * here(weights)).sum()
-        tokens = torch.tensor(len(at), dtype=torch.int, device=loss.device)
-        sums = (loss.detach(), kl.detach().sum(), *statistics.stacked(), *correction)
+        loss, sums = objective.loss(microbatch.at, logprobs, entropies)
+        tokens = torch.tensor(len(microbatch.at), dtype=torch.int, device=loss.device)
         scored = torch.stack((logprobs, entropies)).detach()
-        return loss, tokens, (torch.stack(sums), (microbatch.at, scored))
-
-    def _report(self, sums: list[Tensor], *, corrected: bool) -> dict[str, float]:
-        size = 2 + len(ClipStatistics.FIELDS) + (2 if corrected else 0)
-        nothing = torch.zeros(size, device=cpu.device())
-        total = torch.stack(sums).sum(0) if sums else nothing
-        total = parallel.from_last_stage(parallel.sum_over_tokens(total)).double()
-        loss, kl_to_reference, tokens, ratio, clipped, dual, kl_to_old, *tis = total.tolist()
-        tokens = max(tokens, 1.0)
-        report = {
-            "update/loss": loss,
-            "update/ratio_mean": ratio / tokens,
-            "update/ratio_clipped_fraction": clipped / tokens,
-            "update/ratio_dual_clipped_fraction": dual / tokens,
-            "update/kl_to_old_nats": kl_to_old / tokens,
-        }
-        if self.reference is not None:
-            report["update/kl_to_reference_nats"] = kl_to_reference / tokens
-        if corrected:
-            weight, truncated = tis
-            report["update/tis_weight_mean"] = weight / tokens
-            report["update/tis_truncated_fraction"] = truncated / tokens
-        return report
+        return loss, tokens, (sums, (microbatch.at, scored))
 
     def gather_parameters(self) -> None:
         """Until the next update parameters may be read without a forward pass. Collective."""

@@ -68,6 +68,12 @@ class RolloutStream:
             self._measures["time/ahead_s"] = asked - began
         return groups
 
+    def further(self, place: int, count: int) -> list[RolloutGroup]:
+        """The first `count` groups of a step that is out of reach, by the present weights; see
+        dynamic_sampling.py. Collective.
+        """
+        return self.engine.generate(self.prompts_at(place)[:count], self.sampling_at(place))
+
     def measures(self) -> dict[str, float]:
         """Of the step asked for last: how many updates behind the weights were that responses were
         begun with, and how long they had been under way when they were asked for.
