@@ -44,7 +44,7 @@ def evaluate(evaluation: Evaluation, state: State | None) -> None:
         writes = collective.is_first()
         display = SuiteDisplay(on=writes, live=config.logging.progress)
         stack.enter_context(display)
-        marks = [go_on(sheet_file(out, b), b) if writes else [] for b in evaluation.benchmarks]
+        marks = [go_on(sheet_file(out, b.name), b) if writes else [] for b in evaluation.benchmarks]
         done = collective.gather([[len(questions) for questions in marks]])[0]
         left = [len(b.prompts) - n for b, n in zip(evaluation.benchmarks, done, strict=True)]
         if any(left):
@@ -88,7 +88,7 @@ class _Suite:
             new = [Marks.of(answered) for answered in batch]
             marks += new
             if state is not None:
-                add(sheet_file(self.out, benchmark), batch)
+                add(sheet_file(self.out, benchmark.name), batch)
                 now = time.monotonic()
                 state, began = state.after(benchmark, now - began), now
                 write_state(self.out, state)

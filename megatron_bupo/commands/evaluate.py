@@ -78,7 +78,7 @@ def run(args: Namespace) -> None:
 def way_on(evaluation: Evaluation) -> str:
     """What the same command would do after this one has been stopped."""
     for benchmark in evaluation.benchmarks:
-        done = len(go_on(sheet_file(evaluation.out, benchmark), benchmark))
+        done = len(go_on(sheet_file(evaluation.out, benchmark.name), benchmark))
         if done < len(benchmark.prompts):
             question = f"question {done + 1} of {len(benchmark.prompts)} of {benchmark.name}"
             return f"stopped; the same command goes on at {question}"

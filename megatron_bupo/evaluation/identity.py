@@ -27,6 +27,7 @@ from megatron_bupo.config import Config, expand, flatten
 from megatron_bupo.config.evaluation_rules import max_response_tokens
 from megatron_bupo.errors import InputError
 from megatron_bupo.evaluation.asking import Benchmark
+from megatron_bupo.evaluation.sheets import sheet_file
 from megatron_bupo.hf.tensors import read_index
 
 FILE = "state.json"
@@ -96,19 +97,24 @@ def take_up(out: Path, now: State) -> State:
     were asked with stays.
     """
     before = read_state(out)
-    if before is None:
-        for name in now.benchmarks:
-            if (answers := out / f"{name}.jsonl").exists():
-                reason = f"is there without the {FILE} that says what drew it"
-                raise InputError(str(answers), reason, "choose another --out")
+    names = {*now.benchmarks, *(before.benchmarks if before else ())}
+    answered = {name: file for name in names if _has_lines(file := sheet_file(out, name))}
+    if before is None and answered:
+        reason = f"is there without the {FILE} that says what drew it"
+        raise InputError(str(next(iter(answered.values()))), reason, "choose another --out")
+    if before is None or not answered:
         before = State(now.settings, {}, {})
     _refuse_changes("its answers were drawn with", before.settings, now.settings, out)
-    for name, asked in now.benchmarks.items():
-        was = before.benchmarks.get(name, asked)
-        _refuse_changes(f"{name} was asked with", was, asked, out)
+    for name in [name for name in now.benchmarks if name in answered]:
+        was = before.benchmarks.get(name, {})
+        _refuse_changes(f"{name} was asked with", was, now.benchmarks[name], out)
     taken_up = replace(before, benchmarks={**before.benchmarks, **now.benchmarks})
     write_state(out, taken_up)
     return taken_up
+
+
+def _has_lines(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0
 
 
 def _refuse_changes(what: str, before: Settings, now: Settings, out: Path) -> None:

@@ -32,9 +32,9 @@ from megatron_bupo.errors import InputError
 from megatron_bupo.evaluation.asking import Answered, Benchmark, Marks
 
 
-def sheet_file(out: Path, benchmark: Benchmark) -> Path:
-    """Where the answers to `benchmark` are kept."""
-    return out / f"{benchmark.name}.jsonl"
+def sheet_file(out: Path, benchmark: str) -> Path:
+    """Where the answers to the benchmark of that name are kept."""
+    return out / f"{benchmark}.jsonl"
 
 
 def to_line(answered: Answered) -> str:

@@ -188,6 +188,15 @@ def test_other_settings_in_the_same_directory_are_refused_by_name(
     assert told.out == ""
 
 
+def test_settings_without_an_answer_yet_bind_nobody(bed: Bed, suite: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    failing = ["rollout.engine=sglang", "servers.addresses=[http://127.0.0.1:1]"]
+    waits = ["servers.start_timeout_s=0.1", "sync.mode=disk"]
+    assert main(command(bed, suite, out, *failing, *waits)) != 0
+    assert (out / "state.json").exists()
+    assert main(command(bed, suite, out, "seed=3", "evaluation.max_prompts=2")) == 0
+
+
 def test_other_weights_in_the_same_directory_are_refused(
     bed: Bed, suite: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
