@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_bupo.verification.sides import Side
 
 SHOWN = 20  # differences in the table; the file has all
+MOST_BYTES = 2**33  # of one side's log-probs
 USAGE = "give two: FIRST SECOND, or --hf DIR --megatron DIR"
 
 
@@ -92,6 +93,8 @@ def read_question(
         )
     if not (math.isfinite(args.tolerance) and args.tolerance >= 0):
         raise InputError(f"--tolerance {args.tolerance}", "is no tolerance", "choose e.g. 1e-5")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed}", "is no seed", "choose 0 or more")
     megatron = [side for side in (first, second) if side.torch_dist is not None]
     if overrides and (args.no_logits or not megatron):
         reason = "there is no Megatron checkpoint to lay out" if not megatron else "--no-logits"
@@ -105,6 +108,11 @@ def read_question(
     architectures = (first.architecture, second.architecture)
     vocab = min(architecture.vocab_size for architecture in architectures)
     tokens = min(args.tokens, *(architecture.max_positions for architecture in architectures))
+    bytes_ = 4 * args.sequences * tokens * vocab
+    if bytes_ > MOST_BYTES:
+        reason = f"log-probs of {vocab} tokens at so many positions are {bytes_ / 2**30:.0f} GiB"
+        where = f"--sequences {args.sequences} --tokens {args.tokens}"
+        raise InputError(where, reason, "choose fewer")
     generator = torch.Generator().manual_seed(args.seed)
     ids = torch.randint(0, vocab, (args.sequences, tokens), generator=generator)
     return Question(ids, args.tolerance, config, layout)
@@ -117,14 +125,14 @@ def show(report: Report, first: Side, second: Side) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(width=max(120, Console().width), highlight=False)
+    console = Console(width=max(200, Console().width), highlight=False, soft_wrap=True)
     for name, side in (("first ", first), ("second", second)):
         kind = "HF directory" if side.torch_dist is None else "Megatron checkpoint"
         console.print(f"{name}  {kind} {escape(str(side.path))}")
     if report.differences:
         table = Table(box=box.SIMPLE)
         for heading in ("what", "of", "first", "second", "largest difference"):
-            table.add_column(heading, overflow="fold")
+            table.add_column(heading)
         for found in report.differences[:SHOWN]:
             largest = "" if found.largest is None else f"{found.largest:.3g}"
             cells = (found.kind, found.name, found.first, found.second, largest)

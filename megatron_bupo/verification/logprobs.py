@@ -90,9 +90,13 @@ def transformers_logprobs(side: Side, question: Question) -> Tensor:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        side.path, dtype=torch.float32, attn_implementation="eager"
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            side.path, dtype=torch.float32, attn_implementation="eager"
+        )
+    except Exception as error:  # of every kind, depending on what it does not like
+        reason = f"transformers cannot load it ({type(error).__name__}: {error})"
+        raise InputError(str(side.path), reason, "restore it, or give --no-logits") from error
     logits = [model(row[None]).logits[0, :-1] for row in question.input_ids]
     return torch.stack(logits).float().log_softmax(-1)
 
