@@ -83,7 +83,8 @@ def check_data(config: Config) -> tuple[str, ...]:
     if config.debug.replay is not None:
         return ()
     benchmarks = [benchmark.data for benchmark in config.evaluation.benchmarks]
-    return tuple(check_rows(config.data, benchmarks))
+    tokenizer = expand(config.model.tokenizer or config.model.path)
+    return tuple(check_rows(config.data, benchmarks, tokenizer=tokenizer))
 
 
 def check_model(config: Config, *, training: bool = True) -> DecoderSizes:

@@ -105,7 +105,7 @@ def test_five_thousand_are_drawn_by_difficulty_and_the_same_from_any_order(tmp_p
 
 def test_verify_tells_what_has_changed_and_overlap_is_counted(tmp_path, capsys) -> None:
     train, out = layout("deepmath-103k", 40), tmp_path / "out"
-    train[7]["question"] = train[9]["question"] = "Q 3"
+    train[7]["question"] = train[9]["question"] = " Q3\n"
     for name, rows in {"deepmath-103k": train, "amc23": layout("amc23", 40)}.items():
         for row in rows[20:]:
             row["question"] = f"{name} {row['question']}"

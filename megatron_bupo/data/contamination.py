@@ -2,8 +2,8 @@
 
 A training question repeats an evaluation question if
 
-- both have the same normal form: Unicode's NFKC, lower case, without white space, dollar signs and
-  what LaTeX has for spacing and size; or
+- both have the same normal form: Unicode's NFKC, lower case, without dollar signs, what LaTeX has
+  for spacing and size, and white space that does not keep two words or numbers apart; or
 - it holds at least half of the evaluation question's 13-grams: runs of 13 words, a word being
   letters and digits. The evaluation question counts, not the training question, so that neither an
   instruction around it nor the phrases that competitions end with ("where m and n are relatively
@@ -27,12 +27,13 @@ _SPACING = re.compile(
     r"\$|\\(?:[,;:! ()\[\]]|(?:left|right|big|bigg|displaystyle|quad|qquad|limits)(?![a-z]))|~"
 )
 _FRACTION = re.compile(r"\\[dt]frac(?![a-z])")
+_IDLE = re.compile(r"\s+(?!\w)|(?<!\w)\s+")
 _WORD = re.compile(r"[^\W_]+")
 
 
 def normal_form(text: str) -> str:
     """`text` without what does not matter to what is asked."""
-    return "".join(_without_spacing(text).split())
+    return " ".join(_IDLE.sub("", _without_spacing(text)).split())
 
 
 def words(text: str) -> list[str]:

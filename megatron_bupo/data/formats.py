@@ -12,9 +12,10 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_bupo.errors import InputError
 
@@ -41,9 +42,10 @@ class Fault:
 
 def read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
     """`( (line N)`, value) of every line that is not blank; as all readers here."""
-    for number, line in enumerate(_bytes(path).split(b"\n"), start=1):
-        if line.strip():
-            yield f" (line {number})", _json(line)
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f" (line {number})", _json(line.rstrip(b"\r\n"))
 
 
 def read_json(path: str) -> Iterator[tuple[str, Any]]:
@@ -112,17 +114,25 @@ def _as_python(batch: Any) -> Iterator[Any]:
                 yield Fault(f"holds what Python cannot ({error})")
 
 
-def _bytes(path: str) -> bytes:
-    """The content without byte order mark; refused where it is no text at all."""
+@contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """The file behind its byte order mark; refused where it is no text at all."""
     try:
-        content = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            beginning = file.read(4)
+            for other, is_what in _BEGINNINGS.items():
+                if beginning.startswith(other):
+                    way_out = "unpack it, or give it the name and encoding that it has"
+                    raise InputError(path, is_what, way_out)
+            file.seek(3 if beginning.startswith(b"\xef\xbb\xbf") else 0)
+            yield file
     except OSError as error:
         raise InputError(path, f"cannot be read ({error.strerror})") from None
-    for beginning, is_what in _BEGINNINGS.items():
-        if content.startswith(beginning):
-            way_out = "unpack it, or give it the name and encoding that it has"
-            raise InputError(path, is_what, way_out)
-    return content.removeprefix(b"\xef\xbb\xbf")
+
+
+def _bytes(path: str) -> bytes:
+    with _opened(path) as file:
+        return file.read()
 
 
 def _json(text: bytes) -> Any:

@@ -20,6 +20,7 @@ from megatron_bupo.data.sources import (
     training_parts,
     understood,
 )
+from megatron_bupo.data.tokenizer import has_chat_template, no_chat_template
 from megatron_bupo.errors import InputError
 from megatron_bupo.types import Prompt
 
@@ -31,11 +32,18 @@ log = logging.getLogger(__name__)
 Benchmarks = Sequence[str]  # the data that is evaluated on, as paths
 
 
-def check_rows(data: DataConfig, benchmarks: Benchmarks = ()) -> list[str]:
-    """Every row of the training data and the benchmarks has a question and an answer, and what
-    there is to say about them, by the rules of `sources.py`. Needs no tokenizer.
+def check_rows(
+    data: DataConfig, benchmarks: Benchmarks = (), *, tokenizer: str | None = None
+) -> list[str]:
+    """Every row of the training data and the benchmarks has a question and an answer, and the
+    tokenizer in that directory a chat template if they need one; and what there is to say about
+    them, by the rules of `sources.py`. Loads no tokenizer.
     """
-    return training_parts(data, _evaluation(data, benchmarks))[1]
+    parts, notes = training_parts(data, _evaluation(data, benchmarks))
+    chats = any(not isinstance(q.prompt, str) for part in parts for q in part.questions)
+    if chats and tokenizer is not None and not has_chat_template(tokenizer):
+        raise no_chat_template(tokenizer)
+    return notes
 
 
 def load_training(
@@ -129,9 +137,7 @@ def _look_at_template(
         return
     template = tokenizer.chat_template
     if template is None:
-        reason = "has no chat template, which chat messages need"
-        way_out = "name a tokenizer that has one, or prompts that are plain text"
-        raise InputError(f"model.tokenizer={tokenizer.name_or_path}", reason, way_out)
+        raise no_chat_template(tokenizer.name_or_path)
     for name in data.chat_template_kwargs:
         if not re.search(rf"\b{re.escape(str(name))}\b", str(template)):
             _warn(f"data.chat_template_kwargs.{name}: the tokenizer's chat template has no {name}")

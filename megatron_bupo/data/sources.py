@@ -198,6 +198,6 @@ def _held_against(
 
 
 def _examples(pairs: Sequence[tuple[Question, Question]]) -> str:
-    shown = [f"{q.row.where} is {other.row.where}" for q, other in pairs[:EXAMPLES_SHOWN]]
+    shown = [f"{q.row.where} repeats {other.row.where}" for q, other in pairs[:EXAMPLES_SHOWN]]
     more = [f"and {len(pairs) - len(shown)} more"] if len(pairs) > len(shown) else []
     return "; ".join([*shown, *more])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _WAY_OUT = "set model.tokenizer to a directory with tokenizer.json and tokenizer_config.json"
+
+
+def has_chat_template(directory: str) -> bool:
+    """Do the files of the tokenizer in `directory` hold a chat template? Without transformers."""
+    folder = Path(directory)
+    if any(folder.glob("*chat_template*")):  # .jinja, .json, a folder of several
+        return True
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(settings, dict) and bool(settings.get("chat_template"))
+
+
+def no_chat_template(directory: str) -> InputError:
+    """What chat messages are refused with where there is none."""
+    reason = "has no chat template, which chat messages need"
+    way_out = "name a tokenizer that has one, or prompts that are plain text"
+    return InputError(f"model.tokenizer={directory}", reason, way_out)
 
 
 def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:

@@ -36,6 +36,8 @@ def test_case_white_space_and_latex_spacing_do_not_matter(one: str, other: str) 
         ("4+9+3+6=", "4+9+3+7="),
         (r"\leftarrow x", r"\rightarrow x"),
         ("x-1", "x+1"),
+        ("Sort 1 23.", "Sort 12 3."),
+        ("a b", "ab"),
         ("$", " "),  # nothing is left of either
     ],
 )

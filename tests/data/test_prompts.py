@@ -153,13 +153,18 @@ def test_good_rows_pass_the_check(write) -> None:
     check_rows(DataConfig(train=write(GOOD, {**GOOD, "prompt": MESSAGES, "answer": 0})))
 
 
-def test_chat_messages_need_a_chat_template(write, tokenizer) -> None:
+def test_chat_messages_need_a_chat_template(write, tokenizer, tmp_path) -> None:
     source = write({"prompt": MESSAGES, "answer": "3"})
     with pytest.raises(InputError, match=r"row 1 .*chat messages, and data.chat_template=false"):
         check_rows(DataConfig(train=source, chat_template=False))
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(InputError, match="has no chat template"):
         load_prompts(source, DataConfig(), bare)
+    bare.save_pretrained(tmp_path / "bare")
+    tokenizer.save_pretrained(tmp_path / "chats")
+    check_rows(DataConfig(train=source), tokenizer=str(tmp_path / "chats"))
+    with pytest.raises(InputError, match=r"model.tokenizer=.*bare: has no chat template"):
+        check_rows(DataConfig(train=source), tokenizer=str(tmp_path / "bare"))
 
 
 # The switch of Qwen3's own template: without thinking, answers begin behind an empty block

@@ -112,8 +112,8 @@ def test_repeated_questions_are_dropped_over_all_sources_and_counted(write) -> N
     assert asked == [["Find $x$.", "Find y."], ["Find z."]]
     assert note == (
         "data.deduplicate: dropped 2 of 5 questions that were asked before, 1 of them with another "
-        f"answer: {one} row 3 (line 3) is {one} row 1 (line 1); "
-        f"{two} row 1 (line 1) is {one} row 2 (line 2)"
+        f"answer: {one} row 3 (line 3) repeats {one} row 1 (line 1); "
+        f"{two} row 1 (line 1) repeats {one} row 2 (line 2)"
     )
 
 
@@ -123,7 +123,7 @@ def test_questions_of_the_evaluation_are_told_dropped_or_refused(write) -> None:
     other = write("other.jsonl", *asking("f?", "c?", "d?"))
     data = DataConfig(train=train, eval=held)
     asked, [note] = kept(data)
-    where = f"{train} row 2 (line 2) is {held} row 1 (line 1)"
+    where = f"{train} row 2 (line 2) repeats {held} row 1 (line 1)"
     told = f"1 of 6 training questions are asked by evaluation: {where}"
     assert (asked, note) == (
         [["a?", "B ?", "c?", "d?", "e?", "f?"]],
