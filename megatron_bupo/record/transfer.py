@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -69,8 +70,16 @@ class Transfer:
         """Seconds, rate and the most memory that this process has had."""
         seconds = max(time.monotonic() - self._begin, 1e-3)
         rate = in_bytes(int((self.done - self._before) / seconds))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return f"{seconds:.1f} s, {rate}/s, peak memory {in_bytes(peak)}"
+        return f"{seconds:.1f} s, {rate}/s, peak memory {in_bytes(peak_memory())}"
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had resident; `ru_maxrss` counts its parent's too."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError, ValueError):  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def in_bytes(count: int) -> str:
