@@ -59,7 +59,7 @@ def evaluate(evaluation: Evaluation, state: State | None) -> None:
             for benchmark, its_marks, first in zip(evaluation.benchmarks, marks, done, strict=True):
                 state = suite.ask(benchmark, its_marks, first, state)
     if state is not None:
-        print("\n".join(write_results(evaluation, marks, state)), flush=True)
+        display.say("\n".join(write_results(evaluation, marks, state)))
 
 
 class _Suite:

@@ -35,6 +35,7 @@ MODEL = "config.json generation_config.json"  # what ends a response stands in t
 TOKENIZER = "tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja"
 SAME = """seed model.dtype rollout.engine evaluation.temperature evaluation.top_p
     sglang.dtype sglang.quantization sglang.kv_cache_dtype"""
+HOW_FAST = ("reward.processes",)
 Settings = Mapping[str, Any]
 
 
@@ -65,7 +66,7 @@ def state_of(config: Config, benchmarks: Sequence[Benchmark]) -> State:
         "reward files": _digest(Path(name.rpartition(":")[0]) for name in graders),
         **{key: flat[key] for key in SAME.split() if key in flat},
         "evaluation.max_response_tokens": max_response_tokens(config),
-        **{key: value for key, value in flat.items() if key.startswith("reward.")},
+        **{k: v for k, v in flat.items() if k.startswith("reward.") and k not in HOW_FAST},
     }
     return State(settings, {b.name: _asked(b) for b in benchmarks}, {})
 

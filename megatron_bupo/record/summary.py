@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from itertools import groupby
@@ -22,6 +23,7 @@ Record = dict[str, Any]
 
 ENDS = 5  # steps that stand for the beginning and the end of the run
 FULL_NATS, INTERNAL_NATS = "entropy/full_nats", "entropy/internal_nats"
+AVG_AT_K = re.compile(r"eval/(?!initial_)(.+)_avg_at_\d+")  # of a benchmark; its name
 REPLACED = ("run_dir=", "bupo.internal_steps=", "bupo.stages=", "bupo.stages[")
 
 
@@ -81,12 +83,15 @@ def _what_ran(records: Sequence[Record], config: Config, world_size: int | None)
 
 def _accuracy(records: Sequence[Record]) -> str:
     before = [v for r in records if (v := r.get("eval/initial_accuracy_mean")) is not None]
-    after = [(r["step"] + 1, v) for r in records if (v := r.get("eval/accuracy_mean")) is not None]
+    after = [record for record in records if "eval/accuracy_mean" in record]
     if not after:
         return ""
-    step, accuracy = after[-1]
+    last = after[-1]
+    matched = ((AVG_AT_K.fullmatch(key), value) for key, value in last.items())
+    named = ", ".join(f"{match[1]} {value:.3f}" for match, value in matched if match)
     start = f"{before[0]:.3f} before training, " if before else ""
-    return f"Accuracy on held-out prompts: {start}{accuracy:.3f} after step {step}."
+    end = f"{last['eval/accuracy_mean']:.3f}{f' ({named})' if named else ''}"
+    return f"Accuracy on held-out prompts: {start}{end} after step {last['step'] + 1}."
 
 
 def _reward(records: Sequence[Record]) -> str:

@@ -46,6 +46,16 @@ def test_the_paragraph_tells_the_numbers_of_the_run(tmp_path: Path):
     assert "bupo.internal_steps=0" in compare
 
 
+def test_the_accuracy_of_each_benchmark_is_told(tmp_path: Path):
+    some = records(("full", 20), evaluate_every=10)
+    for record in some:
+        if "eval/accuracy_mean" in record:
+            record |= {"eval/AIME24_avg_at_32": 0.4, "eval/own_avg_at_1": 0.5}
+            record |= {"eval/AIME24_pass_at_8": 0.7, "eval/initial_own_avg_at_1": 0.9}
+    text = summarise(write(tmp_path / "run", some), CONFIG, command=COMMAND)
+    assert "training, 0.450 (AIME24 0.400, own 0.500) after step 20." in text
+
+
 def test_an_unfinished_run_and_failed_graders_are_told(tmp_path: Path):
     some = records(("internal layer 5", 3))
     some[1]["rollout/reward_warnings"] = 2.0
