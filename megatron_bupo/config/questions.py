@@ -19,8 +19,10 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompts: JSONL, parquet, CSV files or a hub id, read by `datasets`."""
+    """Questions and answers."""
 
+    # A JSONL, JSON, parquet or CSV file; a directory of a data set, or a hub id: both also with
+    # :SPLIT or :CONFIG/SPLIT behind
     train: str | None = None
     sources: list[SourceConfig] = field(default_factory=list)  # instead of train: a mixture
     eval: str | None = None
@@ -30,7 +32,7 @@ class DataConfig:
     # None: the first that there is of answer, reward_model.ground_truth, ground_truth, final_answer
     answer_column: str | None = None
     # What the model reads around a question that is text or one user message: boxed | octothinker |
-    # a text with {question} in it; None: the question as it stands
+    # a text with {question} in it; None: the question as it stands. See data/questions.py
     prompt_template: str | None = None
     system_prompt: str | None = None
     chat_template: bool | None = None  # None: yes for chat messages, no for strings
@@ -38,9 +40,11 @@ class DataConfig:
         default_factory=dict
     )  # e.g. enable_thinking: false
     max_prompt_tokens: int = 1024  # longer prompts are dropped, with a count
-    deduplicate: bool = False  # of questions that differ in white space and case alone, the first
-    contamination: str = "warn"  # training questions that evaluation asks: warn | drop | refuse
-    bad_rows: str = "refuse"  # refuse | skip, each named by file and row
+    deduplicate: bool = False  # of training questions that ask the same, keep the first
+    # Training questions that evaluation asks, by the rule of data/contamination.py: warn | drop |
+    # refuse
+    contamination: str = "warn"
+    bad_rows: str = "refuse"  # of training: refuse | skip; told by file and row
     shuffle: bool = True
 
 
