@@ -11,8 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_bupo.cli import main
-from tests import damaged_hf, damaged_torch_dist
+from megatron_bupo.config import load_config
+from megatron_bupo.data.tokenizer import load_tokenizer
+from megatron_bupo.errors import InputError
+from megatron_bupo.hf.architecture import read_architecture
+from megatron_bupo.preflight import check_vocabulary
+from tests import damaged_hf, damaged_tokenizer, damaged_torch_dist
 from tests.damaged_hf import SAME
+from tests.small_tokenizers import byte_level
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +93,38 @@ def test_a_damaged_torch_dist_directory_is_refused_by_name(
         assert is_one_line_that_names(named, capsys.readouterr().err, tmp_path)
         assert not out.exists()
     assert not (tmp_path / "exploded").exists()
+
+
+TEXT = "What is 3 + 4? Let us think."
+
+
+def read_tokenizer(model_dir: Path) -> list[int]:
+    """`TEXT` as training reads it, after what it checks."""
+    check_vocabulary(load_config(None, [f"model.path={model_dir}"]), read_architecture(model_dir))
+    return load_tokenizer(str(model_dir)).encode(TEXT)
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(
+    tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level([TEXT], size=300))
+    model_dir = copy(tiny_model_dir(layers=2, vocab=300), tmp_path_factory.mktemp("tokenizer"))
+    tokenizer.save_pretrained(model_dir)
+    return model_dir
+
+
+@pytest.mark.parametrize("name", damaged_tokenizer.MUTATIONS)
+def test_a_damaged_tokenizer_is_refused_by_name(name: str, with_tokenizer: Path, tmp_path: Path):
+    mutate, named = damaged_tokenizer.MUTATIONS[name]
+    damaged = copy(with_tokenizer, tmp_path)
+    mutate(damaged)
+    if named == SAME:
+        assert read_tokenizer(damaged) == read_tokenizer(with_tokenizer)
+    else:
+        with pytest.raises(InputError) as error:
+            read_tokenizer(damaged)
+        line = f"error: {error.value}\n"
+        assert is_one_line_that_names(named, line, tmp_path), line

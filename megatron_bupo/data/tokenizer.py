@@ -11,6 +11,7 @@ from megatron_bupo.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SETTINGS = "tokenizer_config.json"
 _WAY_OUT = "set model.tokenizer to a directory with tokenizer.json and tokenizer_config.json"
 
 
@@ -38,6 +39,10 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
     where = f"model.tokenizer={directory}"
     if not Path(directory).is_dir():
         raise InputError(where, "there is no such directory", _WAY_OUT)
+    if not (Path(directory) / SETTINGS).is_file():
+        # By the model's family transformers would choose a class, and that class how words are cut
+        # before tokenizer.json is asked: other tokens than the model has learned, and no error.
+        raise InputError(where, f"has no {SETTINGS}", _WAY_OUT)
     from transformers import AutoTokenizer
 
     try:

@@ -237,9 +237,11 @@ def test_a_saved_tokenizer_loads_and_a_missing_one_is_an_input_error(tokenizer, 
     (tmp_path / "weights_only" / "config.json").write_text('{"model_type": "qwen3"}')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text("{}")
+    for name in ("weights_only", "broken"):
+        (tmp_path / name / "tokenizer_config.json").write_text("{}")
     for name, says in {
         "absent": "there is no such directory",
-        "empty": "transformers finds no tokenizer in it",
+        "empty": "has no tokenizer_config.json",
         "weights_only": "holds no tokenizer",
         "broken": "transformers finds no tokenizer in it",
     }.items():
