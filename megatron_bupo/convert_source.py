@@ -117,18 +117,23 @@ def read_its_architecture(source: MegatronSource) -> Architecture:
     return arch
 
 
-def find_base(source: MegatronSource, arch: Architecture, absent: str) -> CheckpointIndex:
-    """The HF weights that training began with: what the checkpoint does not have is as there."""
+def find_base(source: MegatronSource, arch: Architecture, present: int) -> CheckpointIndex:
+    """The HF weights that training began with: the layers above the lowest `present`, which alone
+    are in the checkpoint, are as there.
+    """
+    where = f"{source.path}: layer {present + 1}"
+    if source.run is None or source.run["trained_layers"] > present:
+        reason = "config.json asks for it, the checkpoint does not hold it"
+        raise InputError(where, reason, "use the config.json of this model")
     for folder in source.model_dirs:
         if folder.is_dir() and read_architecture(folder) == arch:
             index = read_index(folder)
             check_tensors(arch, index)
             check_tied(arch, index)
             return index
-    looked = ", ".join(map(str, source.model_dirs)) or "no model.path"
     raise InputError(
-        str(source.path),
-        f"holds the lower layers alone, and {absent} is not there: the HF checkpoint that the run "
-        f"began with is gone ({looked})",
-        "name that HF checkpoint with --like DIR",
+        where,
+        "is not in a checkpoint of the internal phase, and the HF checkpoint that the run began "
+        f"with is gone ({', '.join(map(str, source.model_dirs))})",
+        "name it with --like DIR",
     )

@@ -81,6 +81,9 @@ def unfinished(out: Path, job: Mapping[str, Any], *, overwrite: bool) -> Iterato
         except KeyboardInterrupt as error:
             error.add_note("the same command goes on where this one stopped")
             raise
+        except InputError:  # what is read proved to be unfit, and so is what was made of it
+            shutil.rmtree(work)
+            raise
         for name in (JOURNAL, lock.FILE):
             (work / name).unlink()
         put_in_place(work, out)

@@ -68,19 +68,22 @@ def _megatron_to_hf(args: Namespace) -> None:
     source = find_source(args.megatron, args.like)
     arch = read_its_architecture(source)
     from megatron_bupo.mcore.torch_dist_reader import TorchDist
-    from megatron_bupo.mcore.torch_dist_units import absent_units, locate
+    from megatron_bupo.mcore.torch_dist_units import absent_units, check_padding, locate
 
     checkpoint = TorchDist(source.path)
     sources = locate(checkpoint, arch)
     absent = absent_units(sources, arch)
-    base = find_base(source, arch, absent[0]) if absent else None
+    base = find_base(source, arch, arch.layers - len(absent)) if absent else None
     dtypes = {key: str(checkpoint.dtype(key)).removeprefix("torch.") for key in checkpoint.keys}
+    for key, dtype in dtypes.items():
+        if dtype not in DTYPES.values():
+            reason = f"is stored in {dtype}, which cannot be trained"
+            way_out = "use a checkpoint in float32 or bfloat16"
+            raise InputError(f"{source.path}: {key}", reason, way_out)
     way_out = f"cast all of them with --dtype {'|'.join(CASTS)}"
     dtype = args.dtype or one_dtype(dtypes, dict.fromkeys(dtypes, source.path), way_out)
-    if dtype not in DTYPES.values():
-        reason = f"holds weights in {dtype}, which cannot be trained"
-        raise InputError(str(source.path), reason, "use a checkpoint in float32 or bfloat16")
     out = checked_out(args, source.path)
+    check_padding(checkpoint, sources, arch)
     from megatron_bupo.convert import ToHF, to_hf
 
     raw = read_json_object(source.like / "config.json")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import zipfile
 from collections.abc import Mapping
 from enum import Enum
 from itertools import pairwise, product
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_bupo.errors import InputError
+from megatron_bupo.hf.architecture import read_json_object
 
 MODEL = ("embedding.", "decoder.", "output_layer.")  # beside it: optimizer, rng
 WAY_OUT = "restore it from a copy"
@@ -61,6 +63,7 @@ class TorchDist:
     def __init__(self, path: Path) -> None:
         self.path = path
         metadata = _read_metadata(path)
+        _check_what_megatron_reads(path)
         self._places: Mapping[MetadataIndex, Any] = metadata.storage_data
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: tensor
@@ -123,9 +126,7 @@ class TorchDist:
                 view: Any = _create_file_view(file, place.offset, place.length)
                 part = torch.load(view, map_location="cpu", weights_only=True)
         except Exception as error:  # of many kinds, for what is no zip, no pickle, no tensor
-            reason = (
-                f"is damaged: {key} cannot be read from it ({' '.join(str(error).split())[:99]})"
-            )
+            reason = f"is damaged: {key} cannot be read from it ({type(error).__name__})"
             raise InputError(str(path), reason, WAY_OUT) from None
         stored = part.shape, part.dtype
         if stored != (chunk.sizes, tensor.properties.dtype):
@@ -206,3 +207,12 @@ def _read_metadata(path: Path) -> Metadata:
         reason = f"is not the metadata of a torch_dist checkpoint ({error or type(error).__name__})"
         raise InputError(str(file), reason, WAY_OUT) from None
     return metadata
+
+
+def _check_what_megatron_reads(path: Path) -> None:
+    """What stands beside tensors is not needed here; where it is damaged, so may be more."""
+    file = path / "metadata.json"
+    if read_json_object(file).get("sharded_backend") != "torch_dist":
+        raise InputError(str(file), "does not say sharded_backend: torch_dist", WAY_OUT)
+    if not zipfile.is_zipfile(path / "common.pt"):
+        raise InputError(str(path / "common.pt"), "is missing or damaged", WAY_OUT)

@@ -65,6 +65,26 @@ def absent_units(found: Mapping[Unit, object], arch: Architecture) -> list[Unit]
     return [unit for unit in units(arch) if unit not in found]
 
 
+def check_padding(
+    checkpoint: TorchDist, found: Mapping[Unit, Mapping[str, Source]], arch: Architecture
+) -> None:
+    """Rows of ours beyond the vocabulary are zero: else they are tokens that config.json does not
+    know. Megatron-LM's may hold anything.
+    """
+    for unit in ("embedding", "unembedding"):
+        for source in found.get(unit, {}).values():
+            rows = checkpoint.shape(source.key)[0]
+            if rows == arch.vocab_size or any(map(_is_stacked, found["layer 1"].values())):
+                continue
+            if checkpoint.read(source.key)[arch.vocab_size :].any():
+                raise InputError(
+                    f"{checkpoint.path}: {source.key}",
+                    f"has {rows} rows, but config.json says vocab_size={arch.vocab_size}, and what "
+                    "follows is not padding",
+                    "use the config.json of this model",
+                )
+
+
 def _source(checkpoint: TorchDist, unit: Unit, row: Row) -> Source | None:
     """Where `row` of `unit` is; None: nowhere."""
     expert = () if row.expert is None else (row.expert,)
