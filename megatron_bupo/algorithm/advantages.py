@@ -112,8 +112,9 @@ def token_weights(learns: Tensor, aggregation: str, *, longest: int | None = Non
     `learns [responses, tokens]` bool: the response tokens that count at all. "token_mean": each
     alike, 1 / (such tokens of the minibatch). "sequence_mean": 1 / responses, shared by the tokens
     of a response (BuPO Eq 9). "constant_length": 1 / (responses x `longest`), the longest response
-    that there can be (Dr. GRPO, arXiv 2503.20783, appendix A). Weights come from the whole
-    minibatch, so the loss does not depend on how it is cut into micro-batches or dealt to ranks.
+    that there can be (Dr. GRPO, arXiv 2503.20783, section 3.2). A response that does not learn is
+    still one of the responses. Weights come from the whole minibatch, so the loss does not depend
+    on how it is cut into micro-batches or dealt to ranks.
     """
     mask = learns.to(torch.float32)
     if aggregation == "token_mean":

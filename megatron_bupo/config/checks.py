@@ -161,7 +161,7 @@ def _choices_are_known(config: Config) -> None:
     for key, choices in CHOICES.items():
         value = str(values[key])
         if value not in choices:
-            near = difflib.get_close_matches(value, choices, n=1, cutoff=0)[0]
+            near = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0)[0]
             raise InputError(
                 f"{key}={value}",
                 f"is not one of {', '.join(choices)}",

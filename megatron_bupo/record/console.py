@@ -158,10 +158,12 @@ def log_line(record: Mapping[str, Any], steps: int) -> str:
             ("rollout/response_tokens_mean", "response {:.0f} tok"),
             ("rollout/truncated_fraction", "truncated {:.0%}"),
             ("rollout/cut_fraction", "cut {:.0%}"),
+            ("rollout/replaced_groups", "{:.0f} groups replaced"),
             ("rollout/reward_warnings", "{:.0f} grader warnings"),
             hide_zero=(
                 "rollout/truncated_fraction",
                 "rollout/cut_fraction",
+                "rollout/replaced_groups",
                 "rollout/reward_warnings",
             ),
         ),

@@ -1,4 +1,6 @@
-"""What came of the run, in one paragraph of measured numbers, and how to compare it with GRPO."""
+"""What came of the run, in one paragraph of measured numbers, and how to compare it with the same
+without internal phases.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def summarise(
     world_size: int | None = None,
     command: Sequence[str] | None = None,
 ) -> str:
-    """The paragraph, then the command that trains the same with plain GRPO (if this was not that).
+    """The paragraph, then the command that trains the same without internal phases (if this had
+    some).
 
     `world_size`: ranks that ran, None for as many as the layout asks for; `command`: the command
     line that started the run, None for this process's own.
@@ -52,23 +55,35 @@ def summarise(
     ]
     text = " ".join(sentence for sentence in sentences if sentence)
     if any(record["policy"].startswith(INTERNAL) for record in records):
-        grpo = grpo_command(sys.argv if command is None else command, run_dir, config)
-        text += f"\nThe same with plain GRPO, to compare: {grpo}"
+        plain = plain_command(sys.argv if command is None else command, run_dir, config)
+        text += f"\nThe same with plain {_method(config)}, to compare: {plain}"
     return text
 
 
-def grpo_command(command: Sequence[str], run_dir: str | Path, config: Config) -> str:
+def plain_command(command: Sequence[str], run_dir: str | Path, config: Config) -> str:
     """`command`, changed to train without internal phases in a run directory of its own."""
     program, *arguments = command
     start = ["python", "-m", "megatron_bupo"] if program.endswith("__main__.py") else [program]
     kept = [argument for argument in arguments if not argument.startswith(REPLACED)]
     changed = ["bupo.stages=[]"] if config.bupo.stages else ["bupo.internal_steps=0"]
-    return shlex.join([*start, *kept, *changed, f"run_dir={run_dir}-grpo"])
+    return shlex.join([*start, *kept, *changed, f"run_dir={run_dir}-{config.algorithm.advantage}"])
+
+
+def _method(config: Config) -> str:
+    return {
+        "grpo": "GRPO",
+        "dr_grpo": "Dr. GRPO",
+        "rloo": "RLOO",
+        "reinforce_plus_plus": "REINFORCE++",
+        "reinforce_plus_plus_baseline": "REINFORCE++ with a baseline",
+    }[config.algorithm.advantage]
 
 
 def _what_ran(records: Sequence[Record], config: Config, world_size: int | None) -> str:
     phases = [(policy, len(list(r))) for policy, r in groupby(records, lambda r: r["policy"])]
-    name = "GRPO" if [policy for policy, _ in phases] == ["full"] else "BuPO"
+    name = _method(config)
+    if [policy for policy, _ in phases] != ["full"]:
+        name = "BuPO" if name == "GRPO" else f"BuPO with {name}"
     done = len(records)
     steps = f"{done} steps" if done >= config.steps else f"{done} of {config.steps} steps"
     layout = parallel_sizes(config, world_size)

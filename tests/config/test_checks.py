@@ -65,6 +65,13 @@ def test_every_choice_and_range_is_a_key_of_the_schema():
                 "sequence_mean, constant_length; the nearest is sequence_mean"
             ),
         ),
+        (
+            "algorithm.loss=GSPO",
+            (
+                "algorithm.loss=GSPO: is not one of clipped, gspo, cispo, unclipped; the nearest "
+                "is gspo"
+            ),
+        ),
         ("steps=0", "steps=0: is out of range; must be at least 1"),
         ("parallel.tp=0", "parallel.tp=0: is out of range; must be at least 1"),
         ("parallel.dp=0", "parallel.dp=0: is out of range; must be at least 1"),

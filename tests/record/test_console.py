@@ -47,6 +47,12 @@ def test_a_run_with_a_reference_tells_how_far_it_is():
     )
 
 
+def test_groups_that_were_replaced_are_on_the_line():
+    replaced, none = (RUN[0] | {"rollout/replaced_groups": n} for n in (3.0, 0.0))
+    assert "response 1830 tok  3 groups replaced |" in log_line(replaced, 300)
+    assert "replaced" not in log_line(none, 300)
+
+
 def test_what_goes_wrong_is_on_the_line_and_what_is_missing_is_not():
     wrong = {"truncated_fraction": 0.25, "cut_fraction": 0.5, "reward_warnings": 3.0}
     record = RUN[0] | {f"rollout/{name}": value for name, value in wrong.items()}

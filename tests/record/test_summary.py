@@ -4,7 +4,9 @@ import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from megatron_bupo.config.checks import CHOICES
 from megatron_bupo.config.schema import (
+    AlgorithmConfig,
     BupoConfig,
     Config,
     DataConfig,
@@ -12,7 +14,7 @@ from megatron_bupo.config.schema import (
     ParallelConfig,
     StageConfig,
 )
-from megatron_bupo.record.summary import grpo_command, summarise
+from megatron_bupo.record.summary import plain_command, summarise
 from tests.record.runs import records, write
 
 if TYPE_CHECKING:
@@ -71,18 +73,32 @@ def test_a_grpo_run_is_called_so_and_has_nothing_to_compare_with(tmp_path: Path)
     assert "to compare" not in text
 
 
+def test_a_run_is_called_by_its_advantages(tmp_path: Path):
+    config = replace(CONFIG, algorithm=AlgorithmConfig(advantage="rloo"))
+    text = summarise(write(tmp_path / "run", records(("full", 20))), config, command=COMMAND)
+    assert text.startswith("20 steps of RLOO over")
+    both = write(tmp_path / "both", records(("internal layer 5", 8), ("full", 12)))
+    text = summarise(both, config, command=COMMAND)
+    assert text.startswith("20 steps of BuPO with RLOO over")
+    assert "The same with plain RLOO, to compare: " in text
+    assert text.endswith("-rloo")
+    for advantage in CHOICES["algorithm.advantage"]:
+        config = replace(CONFIG, algorithm=AlgorithmConfig(advantage=advantage))
+        assert " steps of BuPO" in summarise(both, config, command=COMMAND)
+
+
 def test_no_step_yet_is_told(tmp_path: Path):
     assert "no step" in summarise(tmp_path, CONFIG, command=COMMAND)
 
 
 def test_the_command_to_compare_keeps_all_but_the_schedule_and_the_directory():
     given = [*COMMAND, "bupo.internal_steps=8"]
-    assert shlex.split(grpo_command(given, "runs/x", CONFIG)) == [
+    assert shlex.split(plain_command(given, "runs/x", CONFIG)) == [
         *("megatron-bupo", "train", "--config", "conf/demo.yaml", "steps=20"),
         *("bupo.internal_steps=0", "run_dir=runs/x-grpo"),
     ]
     staged = replace(CONFIG, bupo=BupoConfig(stages=[StageConfig(layer=2, steps=3)]))
     given = ["/env/megatron_bupo/__main__.py", "train", "bupo.stages=[{layer: 2, steps: 3}]"]
-    assert shlex.split(grpo_command(given, "r", staged)) == [
+    assert shlex.split(plain_command(given, "r", staged)) == [
         *("python", "-m", "megatron_bupo", "train", "bupo.stages=[]", "run_dir=r-grpo"),
     ]
