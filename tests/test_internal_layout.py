@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -102,3 +103,27 @@ def test_a_layout_of_other_ranks_is_refused_before_anything_starts(bed: Bed, tmp
     done = run("train", *bed.settings(tmp_path, "bupo.internal_layout.dp=4"))
     assert done.code == 2
     assert done.err.startswith("error: bupo.internal_layout: tp 1 x cp 1 x pp 1 x dp 4: does not")
+
+
+def test_its_checkpoints_become_whole_models_with_the_layers_that_wait(
+    bed: Bed, own: Path, tmp_path: Path
+):
+    path, out = own / "checkpoints" / "step_000002", tmp_path / "hf"
+    done = run("convert", "megatron-to-hf", "--megatron", path, "--out", out)
+    assert done.code == 0, done.err
+    before, after = weights(bed.folder / "model"), weights(out)
+    assert before.keys() == after.keys()
+    unchanged = {name for name, tensor in before.items() if torch.equal(after[name], tensor)}
+    waiting = {name for name in before if ".layers.5." in name} | {"model.norm.weight"}
+    assert unchanged == waiting
+
+
+def test_nor_are_they_converted_without_the_layers_that_wait(own: Path, tmp_path: Path):
+    path = tmp_path / "step_000002"
+    shutil.copytree(own / "checkpoints" / "step_000002", path)
+    seal = json.loads((path / "run.json").read_text())
+    seal["config"]["model.path"] = str(tmp_path / "gone")
+    (path / "run.json").write_text(json.dumps(seal))
+    done = run("convert", "megatron-to-hf", "--megatron", path, "--out", tmp_path / "hf")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"error: {path}: layer 6: is not in a checkpoint of the internal ph")

@@ -58,21 +58,23 @@ CASES = {
 }
 
 
-def _actor(model_dir: Path, config: Config) -> tuple[MegatronActor, dict[str, Any]]:
+def _actor(
+    model_dir: Path, config: Config, metadata: dict[str, Any] = METADATA
+) -> tuple[MegatronActor, dict[str, Any]]:
     """The model on this rank, and what it saves and loads."""
     parallel.initialize(parallel_sizes(config, dist.get_world_size()), seed=0)
     with ExitStack() as files:
         open_slice = slice_opener(read_index(model_dir), files)
         actor = MegatronActor(read_architecture(model_dir), config, open_slice)
     state = {
-        f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA))
+        f"model{i}": chunk.sharded_state_dict(metadata=dict(metadata))
         for i, chunk in enumerate(actor.gpt_chunks)
     }
     return actor, state
 
 
-def _save(model_dir: Path, config: Config, out: Path) -> None:
-    _, state = _actor(model_dir, config)
+def _save(model_dir: Path, config: Config, out: Path, metadata: dict[str, Any]) -> None:
+    _, state = _actor(model_dir, config, metadata)
     with checkpoint._writing_in_this_process():
         dist_checkpointing.save(state, str(out), **checkpoint._release_options())
 
@@ -127,7 +129,8 @@ def test_it_is_what_the_ranks_of_that_layout_save(
 ):
     model_dir, theirs = tiny_model_dir(vocab=67, **knobs), tmp_path / "theirs"
     theirs.mkdir()
-    run_ranks(ranks, _save, model_dir, run_config(parallel=layout, megatron=megatron), theirs)
+    config = run_config(parallel=layout, megatron=megatron)
+    run_ranks(ranks, _save, model_dir, config, theirs, METADATA)
     given = [f"parallel.{key}={json_of(value)}" for key, value in layout.items()]
     given += [f"megatron.{key}={value}" for key, value in megatron.items()]
     _convert(model_dir, tmp_path / "ours", *given)
@@ -163,3 +166,19 @@ def test_another_layout_loads_it(
     for weights in run_ranks(ranks, _load, model_dir, run_config(parallel=other), path):
         assert weights.keys() == stored.keys()
         assert all(torch.equal(tensor, stored[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_layers_that_megatron_lm_has_in_one_tensor_come_apart(
+    family: str, tiny_model_dir: Callable[..., Path], tmp_path: Path
+):
+    model_dir, theirs = tiny_model_dir(vocab=67, family=family), tmp_path / "theirs"
+    (theirs / "iter_0000007").mkdir(parents=True)
+    (theirs / "latest_checkpointed_iteration.txt").write_text("7")
+    config = run_config(parallel={"tp": 2, "pp": 2, "sp": True})
+    run_ranks(4, _save, model_dir, config, theirs / "iter_0000007", {})
+    out = tmp_path / "hf"
+    command = ["convert", "megatron-to-hf", "--megatron", theirs, "--out", out, "--like", model_dir]
+    assert main([str(word) for word in command]) == 0
+    before, after = (d / "model.safetensors" for d in (model_dir, out))
+    assert after.read_bytes() == before.read_bytes()
