@@ -116,6 +116,7 @@ def test_every_question_and_response_is_written_down_and_counted(whole: Path):
     assert "Avg" in (whole / "table.md").read_text().splitlines()[0]
 
 
+@pytest.mark.slow
 def test_neither_batches_nor_a_kill_change_the_results(
     bed: Bed, suite: Path, whole: Path, tmp_path: Path
 ):

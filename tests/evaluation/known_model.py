@@ -65,6 +65,8 @@ def make_known_model(folder: Path) -> Known:
             model.lm_head.weight[WORDS.index("no"), i] = 0.0
     model.save_pretrained(folder / "model")
     write_tokenizer(folder / "model", {word: i for i, word in enumerate(WORDS)})
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "model" / "tokenizer_config.json").write_text(json.dumps(kind))
     rows = [{"prompt": f"q{i}", "answer": answer(i)} for i in range(QUESTIONS)]
     (folder / "known.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (folder / "known_reward.py").write_text(REWARD)
