@@ -194,6 +194,6 @@ def test_a_run_that_hangs_in_its_grader_says_so_and_goes_on(bed: Bed, tmp_path: 
     done = run("train", *settings, "logging.stall_s=1", "checkpoint.export_hf=false")
     assert done.code == 0, done.err
     assert re.search(
-        r"\n  ranks 0-1: grade of step 1 for \d s, .*< \w+ \(grader.py:\d+\)", done.err
+        r"\n  ranks 0-1: grade of step 1 for \d s, .*< \w+ \(process.py:\d+\)", done.err
     )
     assert ON_AGAIN in done.err
