@@ -122,7 +122,7 @@ def find_base(source: MegatronSource, arch: Architecture, present: int) -> Check
     are in the checkpoint, are as there.
     """
     where = f"{source.path}: layer {present + 1}"
-    if source.run is None or source.run["trained_layers"] > present:
+    if source.run is None or source.run.get("trained_layers", arch.layers) > present:
         reason = "config.json asks for it, the checkpoint does not hold it"
         raise InputError(where, reason, "use the config.json of this model")
     for folder in source.model_dirs:

@@ -182,9 +182,9 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "a file of text": (text(FIRST, "<html>" * 100_000), FIRST),
     "files exchanged": (_swap_files, ".distcp"),
     "bytes behind": (lambda f: _write(f / FIRST, (f / FIRST).read_bytes() + b"0000"), SAME),
-    # beside the weights: not read by the conversion
-    "common empty": (text("common.pt", ""), SAME),
-    "metadata.json of another format": (text("metadata.json", "[]"), SAME),
+    # beside the weights: what Megatron-Core reads first
+    "common empty": (text("common.pt", ""), "common.pt"),
+    "metadata.json of another format": (text("metadata.json", "[]"), "metadata.json"),
     # what stands beside HF weights
     "side files missing": (lambda f: (f / "hf").rename(f / "fh") and None, "hf"),
     "config missing": (in_hf(removed("config.json")), "config.json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from megatron_bupo.cli import main
 from tests.damaged_hf import Mutation, config, edit, removed, tensors, text
+from tests.mcore.actors import run_config, start_trainer
+from tests.ranks import run_ranks
 from tests.runs import Done, run, run_python
 from tests.test_round_trips import MODELS
 
@@ -106,6 +109,26 @@ def test_megatron_computes_what_transformers_does_whatever_layout_saved_it(
     assert "verdict    same" in done.out
 
 
+def save_stacked(model_dir: Path, out: Path) -> None:
+    """On each rank: all layers of a stage in one tensor, and no files of HF beside."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_bupo.mcore.checkpoint import _release_options, _writing_in_this_process
+
+    trainer = start_trainer(model_dir, run_config(parallel={"tp": 2, "pp": 2}))
+    state = {"model": trainer.gpt_chunks[0].sharded_state_dict(metadata={})}
+    with _writing_in_this_process():
+        dist_checkpointing.save(state, str(out), **_release_options())
+
+
+def test_layers_in_one_tensor_are_read_as_megatron_lm_saves_them(hf: Path, tmp_path: Path):
+    (tmp_path / "megatron").mkdir()
+    run_ranks(4, save_stacked, hf, tmp_path / "megatron")
+    done, report = verify(hf, tmp_path / "megatron", "parallel.pp=2")
+    assert done.code == 0, done.err + done.out
+    assert report["computed"]["largest_nats"] < 1e-5
+
+
 @pytest.mark.parametrize("name", WRONG_WEIGHTS)
 def test_wrong_weights_are_named_and_change_what_is_computed(name: str, hf: Path, tmp_path: Path):
     mutate, changed = WRONG_WEIGHTS[name]
@@ -181,6 +204,14 @@ def test_rows_of_padding_that_leak_are_found(hf: Path, tmp_path: Path):
     assert "67 and 68 tokens" in done.out
 
 
+def test_rows_of_the_vocabulary_that_config_json_cuts_off_are_no_padding(hf: Path, tmp_path: Path):
+    megatron = convert(hf, tmp_path / "megatron")
+    edit(megatron / "hf" / "config.json", lambda found: found | {"vocab_size": 60})
+    done, _ = verify(hf, megatron)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "what follows is not padding" in done.err
+
+
 def test_a_missing_and_a_misshapen_tensor_are_named(
     hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -222,7 +253,8 @@ def test_what_cannot_be_compared_is_one_line(
 
 def test_what_megatron_cannot_load_is_one_line(hf: Path, tmp_path: Path):
     megatron = convert(hf, tmp_path / "megatron")
-    (megatron / "common.pt").write_bytes(b"")
+    with zipfile.ZipFile(megatron / "common.pt", "w"):
+        pass  # an archive, but none of torch
     done = run("convert", "verify", hf, megatron)
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "Megatron-Core cannot load it" in done.err

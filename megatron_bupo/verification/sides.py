@@ -67,14 +67,15 @@ def open_megatron(path: Path, stack: ExitStack, like: Path | None = None) -> Sid
     """
     from megatron_bupo.mcore.hf_weights import Row, Unit, unit_rows, units
     from megatron_bupo.mcore.torch_dist_reader import TorchDist
-    from megatron_bupo.mcore.torch_dist_units import absent_units, locate
+    from megatron_bupo.mcore.torch_dist_units import absent_units, check_padding, locate
 
     source = _source(str(path), like)
     arch = read_its_architecture(source)
     checkpoint = TorchDist(source.path)
     located = locate(checkpoint, arch)
+    check_padding(checkpoint, located, arch)
     absent = absent_units(located, arch)
-    base = find_base(source, arch, absent[0]) if absent else None
+    base = find_base(source, arch, arch.layers - len(absent)) if absent else None
     read_base = None if base is None else hf_reader(base, stack)
     rows = {
         name: (unit, row)
