@@ -103,6 +103,8 @@ def to_megatron(job: ToMegatron) -> None:
             finish(work.folder, entries, getattr(torch, DTYPES[job.dtype]))
             (work.folder / SIDE).mkdir(exist_ok=True)
             copy_side_files(job.index.model_dir, work.folder / SIDE, dtype=job.named_dtype)
+    for name in sorted(set(job.index.tensors) - set(expected_tensors(job.arch))):
+        transfer.say(f"left out: {name}, which can be made of the others")
     _tell(transfer, casting, job.out, tensors)
 
 

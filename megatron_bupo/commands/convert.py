@@ -31,11 +31,16 @@ CASTS = ("float32", "bfloat16", "float16")
 
 def run(args: Namespace) -> None:
     """Do `args.conversion`."""
-    {
+    convert = {
         "hf-to-megatron": _hf_to_megatron,
         "megatron-to-hf": _megatron_to_hf,
         "verify": verify.run,
-    }[args.conversion](args)
+    }[args.conversion]
+    try:
+        convert(args)
+    except OSError as error:  # e.g. a name that is too long, or a file that may not be read
+        reason = f"cannot be read or written ({error.strerror or error})"
+        raise InputError(str(error.filename or args.conversion), reason) from error
 
 
 def _hf_to_megatron(args: Namespace) -> None:

@@ -106,6 +106,7 @@ class ShardWriter:
     def __init__(self, folder: Path, plan: ShardPlan) -> None:
         self.folder, self.plan = folder, plan
         self._place: dict[str, tuple[Path, int]] = {}
+        self._unsynced: set[Path] = set()
         for file, names in plan.files().items():
             head, begins = plan.header(names)
             self._place |= {name: (folder / file, begin) for name, begin in begins.items()}
@@ -125,6 +126,7 @@ class ShardWriter:
                 f"{name} is {dtype} {list(tensor.shape)}, which is not what was laid out"
             )
         file, begin = self._place[name]
+        self._unsynced.add(file)
         numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         with file.open("r+b") as opened:
             opened.seek(begin)
@@ -132,8 +134,8 @@ class ShardWriter:
 
     def sync(self) -> None:
         """Have all that was put on disk."""
-        for file in {file for file, _ in self._place.values()}:
-            sync(file)
+        while self._unsynced:
+            sync(self._unsynced.pop())
 
     def finish(self) -> None:
         """Write the index, where there is one."""

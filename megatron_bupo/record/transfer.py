@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -18,6 +17,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from megatron_bupo.record.console import Terminal
+
 LINE_EVERY_S = 10.0
 
 
@@ -26,7 +27,7 @@ class Transfer:
 
     def __init__(self, title: str, total: int, *, done: int = 0) -> None:
         self.title, self.total, self.done = title, total, done
-        self._console = Console(highlight=False)
+        self._console = Terminal(highlight=False)
         self._before, self._begin = done, time.monotonic()
         self._last_line = self._begin
         self._bar: Progress | None = None
