@@ -34,20 +34,24 @@ def hold(run_dir: Path, *, key: str = "run_dir=", patience_s: float = 10.0) -> I
         file = (run_dir / FILE).open("a+")
     except OSError as error:
         reason = f"cannot be written to ({error.strerror})"
-        raise InputError(f"{key}{run_dir}", reason, "choose another directory") from None
+        raise InputError(f"{key}{run_dir}", reason, f"choose another {_name(key)}") from None
     with file:
         deadline = time.monotonic() + patience_s
         while not _locked(file):
             if time.monotonic() > deadline:
                 file.seek(0)
                 reason = f"another run is writing to it (process {file.read().strip()})"
-                way_out = "wait for it, end it, or choose another directory"
+                way_out = f"wait for it, end it, or choose another {_name(key)}"
                 raise InputError(f"{key}{run_dir}", reason, way_out)
             time.sleep(POLL_S)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def _name(key: str) -> str:
+    return key.strip("= ")
 
 
 def _locked(file: IO[str]) -> bool:
