@@ -61,7 +61,7 @@ def rollout_only(ready: Preflight) -> None:
                 sampled = sample(step, rollouts, grader, journal, rounds=rounds)
                 groups, grades = sampled.groups, sampled.grades
                 journal.dump(groups, grades)
-                journal.note(sampled.measures | measures.rollout_measures(groups, grades))
+                journal.note(measures.rollout_measures(groups, grades) | sampled.measures)
                 for warning in measures.warnings_of(grades):
                     journal.say(f"warning: {warning}")
         if speaks:

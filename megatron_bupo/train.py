@@ -76,8 +76,8 @@ def train_step(run: Run, step: int) -> None:
         known = measures.policy_measures(policy, scores or updates[0].scores, batch, full=full)
         journal.note(known)
         run.warn(run.mismatch.after(step, known))
-        journal.note(run.rollouts.measures() | sampled.measures)
-        journal.note(measures.rollout_measures(groups, grades))
+        journal.note(run.rollouts.measures())
+        journal.note(measures.rollout_measures(groups, grades) | sampled.measures)
         journal.note(measures.update_measures(updates, lr))
         run.warn(measures.warnings_of(grades))
         if config.evaluation.every and (step + 1) % config.evaluation.every == 0:

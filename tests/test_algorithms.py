@@ -97,7 +97,7 @@ def test_groups_without_a_signal_are_replaced_by_those_of_further_prompts(replac
     stream = PromptStream(
         [Prompt(i, (), "", "") for i in range(ROWS)], prompts_per_step=PROMPTS, seed=0
     )
-    total = 0
+    total, shifts = 0, list[float]()
     for step, line in enumerate(metrics(replaced)):
         own = [prompt.index for prompt in stream.prompts_at(step)]
         further = [
@@ -113,9 +113,13 @@ def test_groups_without_a_signal_are_replaced_by_those_of_further_prompts(replac
         assert len(others) == line["rollout/replaced_groups"] <= line["rollout/further_groups"]
         assert {r.policy_version for group in groups for r in group.rollouts} == {step}
         total += len(others)
+        rewards = [r.grade.reward for r in dumped(replaced, step)]
+        assert line["rollout/kept_reward_mean"] == pytest.approx(sum(rewards) / len(rewards))
+        shifts.append(line["rollout/kept_reward_mean"] - line["rollout/reward_mean"])
         if line["rollout/groups_with_signal_fraction"] < 1:
             assert line["rollout/dynamic_rounds"] == 2
     assert total > 2
+    assert any(shifts)
 
 
 def test_a_run_resumed_on_other_ranks_replaces_the_same_groups(

@@ -41,8 +41,7 @@ def place_of(step: int, number: int, *, rounds: int) -> int:
 def with_signal(asked: Graded, *, rounds: int, ask: Callable[[int, int], Graded]) -> Graded:
     """`asked` with groups that have no signal replaced, as far as `rounds` rounds find others;
     `ask(number, count)` gives `count` further groups for round `number`. `measures` says what it
-    took, and the mean reward of what was asked first: that of the groups kept is no longer that of
-    the prompts.
+    took; its mean reward is that of what was asked first, for those kept were chosen by theirs.
     """
     groups, grades = list(asked.groups), list(asked.grades)
     further, replaced, used = 0, 0, 0
@@ -60,9 +59,14 @@ def with_signal(asked: Graded, *, rounds: int, ask: Callable[[int, int], Graded]
         "rollout/dynamic_rounds": float(used),
         "rollout/further_groups": float(further),
         "rollout/replaced_groups": float(replaced),
-        "rollout/first_asked_reward_mean": fmean(g.reward for group in asked.grades for g in group),
+        "rollout/reward_mean": _mean_reward(asked.grades),
+        "rollout/kept_reward_mean": _mean_reward(grades),
     }
     return Graded(groups, grades, measures if rounds else {})
+
+
+def _mean_reward(grades: Sequence[Sequence[Grade]]) -> float:
+    return fmean(grade.reward for group in grades for grade in group)
 
 
 def has_signal(grades: Sequence[Grade]) -> bool:

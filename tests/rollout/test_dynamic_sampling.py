@@ -49,9 +49,8 @@ def test_places_without_a_signal_are_filled_in_order_for_so_many_rounds(rounds: 
         "rollout/dynamic_rounds": used,
         "rollout/further_groups": sum(count for _, count in asked),
         "rollout/replaced_groups": sum(row not in first for row in expected),
-        "rollout/first_asked_reward_mean": pytest.approx(
-            sum(sum(rewards) for _, rewards in first) / 18
-        ),
+        "rollout/reward_mean": pytest.approx(sum(sum(rewards) for _, rewards in first) / 18),
+        "rollout/kept_reward_mean": pytest.approx(sum(sum(r) for _, r in expected) / 18),
     }
 
 
