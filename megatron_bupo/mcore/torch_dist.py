@@ -161,7 +161,10 @@ def _append(path: Path, content: Tensor | list[None]) -> tuple[int, int]:
             content = content.clone()
     with path.open("ab") as file:
         begin = file.seek(0, io.SEEK_END)
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # from closing the archive that a full disk cut off
+            raise error.__context__ or error from None
         return begin, file.tell() - begin
 
 
