@@ -86,8 +86,8 @@ def check_reward(reward: RewardConfig) -> None:
 
 def _default_name(function: str) -> str:
     if is_url(function):
-        parts = urlsplit(function)
-        return re.sub(r"\W+", "_", parts.path.strip("/") or parts.netloc)
+        host, _, path = function.partition("://")[2].partition("/")
+        return re.sub(r"\W+", "_", path.strip("/") or host)
     return function.rpartition(":")[2].rpartition(".")[2] or function
 
 
@@ -100,7 +100,9 @@ def _check_url(term: Term) -> None:
         raise InputError(where, f"is no address ({error})", way_out) from None
     if not host or any(c.isspace() for c in term.function):
         raise InputError(where, "is no address", way_out)
-    if parts.username or parts.password:
+    if parts.password:
         raise InputError(
-            where, "has a password in it, which would be logged", "use options.headers"
+            where.replace(f":{parts.password}@", ":***@"),
+            "has a password in it, which would be logged",
+            "use options.headers with a $VARIABLE",
         )

@@ -144,8 +144,9 @@ def arguments_of(
 
 
 def _is_called_by_name(parameters: list[inspect.Parameter]) -> bool:
-    names, required = {p.name for p in parameters}, {p.name for p in parameters if _is_required(p)}
-    return any(pair <= names for pair in _BY_NAME) or bool(required and required <= FILLED.keys())
+    names = {p.name for p in parameters}
+    first = {p.name for p in parameters if _is_required(p) and p.kind is not p.KEYWORD_ONLY}
+    return any(pair <= names for pair in _BY_NAME) or bool(first and first <= FILLED.keys())
 
 
 def _options(where: str) -> str:

@@ -73,6 +73,14 @@ def math(response: str, answer: str) -> float:
     return float(boxed is not None and _same(boxed, last_boxed(answer) or answer))
 
 
+def is_formula(answer: str) -> bool:
+    """Is a reference answer a number, a word or a formula, and not only a string?"""
+    gold = tidy(last_boxed(answer) or answer)
+    if _INTEGER.fullmatch(gold) or _word(gold) is not None:
+        return True
+    return len(gold) <= LONGEST and _has_formula(_parsed(gold))
+
+
 def tidy(answer: str) -> str:
     """The answer without what is only typesetting."""
     answer = answer.strip()
@@ -91,6 +99,7 @@ def _fraction(repeating: re.Match[str]) -> str:
     return rf"\frac{{{numerator}}}{{{10 ** len(once) * (10 ** len(again) - 1)}}}"
 
 
+_unreadable: list[str] = []  # the first reference answer that is only a string, which the log has
 _given_up: set[tuple[str, str]] = set()  # answers that the process was interrupted at
 
 
@@ -142,7 +151,7 @@ def _texts_agree(boxed: str, answer: str) -> bool:
 
 
 def _verified(boxed: str, answer: str) -> bool:
-    golds, mine = parsed_gold(answer), _parsed(boxed)
+    golds, mine = _parsed_gold(answer), _parsed(boxed)
     pairs = list(product(golds, mine))
     if any(type(g) is type(m) and g == m for g, m in pairs):  # `==` compares trees as they stand
         return True
@@ -177,14 +186,20 @@ def _is_unfinished(tree: Basic | MatrixBase) -> bool:
 
 
 @lru_cache(maxsize=100_000)
-def parsed_gold(answer: str) -> list[Any]:
-    """What math-verify reads in a reference answer: expressions, or else only a string. The log
-    tells of the latter, once.
-    """
+def _parsed_gold(answer: str) -> list[Any]:
     parsed = _parsed(answer)
-    if all(isinstance(part, str) for part in parsed):
-        _log.warning("math cannot parse the answer %r: only the same string is right", answer)
+    if not _has_formula(parsed) and not _unreadable:
+        _unreadable.append(answer)
+        _log.warning(
+            "math cannot parse the reference answer %r and perhaps others: only the same "
+            "string is right; tools/check_rewards.py lists them",
+            answer,
+        )
     return parsed
+
+
+def _has_formula(parsed: list[Any]) -> bool:
+    return not all(isinstance(part, str) for part in parsed)
 
 
 def _parsed(answer: str) -> list[Any]:

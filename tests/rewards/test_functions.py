@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_bupo.errors import InputError
-from megatron_bupo.rewards.functions import absolute, arguments_of, resolve
 from megatron_bupo.rewards.exact_match import exact_match
+from megatron_bupo.rewards.functions import absolute, arguments_of, resolve
 from megatron_bupo.rewards.math_answers import math
 from megatron_bupo.types import Prompt, Rollout
 

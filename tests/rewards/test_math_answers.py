@@ -3,9 +3,12 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from math_verify import LatexExtractionConfig, parse
 
+from megatron_bupo.rewards import math_answers
 from megatron_bupo.rewards.boxes import last_boxed
-from megatron_bupo.rewards.exact_match import exact_match, normalize
+from megatron_bupo.rewards.exact_match import exact_match
+from megatron_bupo.rewards.magnitude import TooLarge, check_size
 from megatron_bupo.rewards.math_answers import math
 
 
@@ -94,39 +97,112 @@ def test_math_works_off_the_main_thread_where_signals_cannot_be_set() -> None:
         assert pool.submit(math, r"\boxed{\sqrt{8}}", r"2\sqrt{2}").result() == 1.0
 
 
+# (boxed, reference): right, and math-verify alone would say otherwise
+MENDED_SAME = [
+    ("Yes.", "Yes"),
+    ("YES", "Yes"),
+    ("true", "True"),
+    (r"\textbf{No}", "no"),
+    ("\u22125", "-5"),
+    (r"1\,000", "1000"),
+    ("1 1/2", r"\frac32"),
+    (r"0.\overline{3}", r"\frac13"),
+    (r"0.1\overline{6}", r"\frac16"),
+    (r"\varnothing", r"\emptyset"),
+    (r"1 \le x \le 2", "[1,2]"),
+    ("18", r"18 \text{ integers}"),
+    ("864", r"864 \mbox{ inches}^2"),
+]
+# wrong, and math-verify or the MATH rule alone would accept it
+MENDED_DIFFERENT = [
+    ("listen", "silent"),
+    ("on", "No"),
+    ("sey", "Yes"),
+    ("THH", "HHT"),
+    ("Yes, No", "Yes"),
+    (r"5 \text{ or } 6", "5"),
+    (r"5\text{ or 6}", "5"),
+    (r"\text{not }5", "5"),
+    (r"\neq 5", "5"),
+    (r"\approx 5", "5"),
+    ("A) 5", "5"),
+    ("2", r"2^{\aleph_0}"),
+    (r"0.\overline{3}", "0"),
+    (r"0.\overline{3}", r"0.\overline{6}"),
+    ("4343_6", "4343_7"),
+    (r"\int_0^1 x\,dx", r"\frac12"),
+    (r"\sum_{i=1}^{10} i", "55"),
+    (r"\lim_{x\to0}\frac{\sin x}{x}", "1"),
+    ("x=5", "y=5"),
+]
+
+
+@pytest.mark.parametrize(("boxed", "answer"), MENDED_SAME)
+def test_math_reads_what_math_verify_does_not(boxed: str, answer: str) -> None:
+    assert math(f"\\boxed{{{boxed}}}", answer) == 1.0
+
+
+@pytest.mark.parametrize(("boxed", "answer"), MENDED_DIFFERENT)
+def test_math_refuses_what_math_verify_takes_for_the_answer(boxed: str, answer: str) -> None:
+    assert math(f"\\boxed{{{boxed}}}", answer) == 0.0
+
+
+def test_different_answers_of_real_kinds_do_not_stand_for_each_other() -> None:
+    golds = ["0", "1", "-1", "Yes", "No", "A", "B", "x", "2x", r"\frac{1}{2}", "0.3", r"\pi", "e"]
+    golds += [
+        r"\sqrt{2}",
+        r"\infty",
+        "(1,2)",
+        "[1,2]",
+        "[1,2)",
+        r"\mathbb{R}",
+        "x>1",
+        "n!",
+        "1,2,3",
+    ]
+    golds += [r"\emptyset", "x^2+1", r"2^{10}", r"\sqrt{3}", "i", "-i", r"\{1,3\}", "12_5", "(2,1)"]
+    alike = [(a, b) for a in golds for b in golds if math(f"\\boxed{{{a}}}", b) and a != b]
+    assert alike == []
+
+
 @pytest.mark.parametrize(
-    ("answer", "normal"),
+    ("answer", "is_small"),
     [
-        (r"\dfrac{3}{4}", r"\frac{3}{4}"),
-        (r"\tfrac34", r"\frac{3}{4}"),
-        (r"\frac3{4}", r"\frac{3}{4}"),
-        (r"\frac{3}4", r"\frac{3}4"),  # the rule leaves this one alone
-        ("3/4", r"\frac{3}{4}"),
-        ("a/4", "a/4"),
-        ("1/2/3", "1/2/3"),
-        ("0.5", r"\frac{1}{2}"),
-        (".5", r"\frac{1}{2}"),
-        (r"{.5}", "{0.5}"),
-        (r"\sqrt3", r"\sqrt{3}"),
-        (r"x = 5", "5"),
-        (r"abc = 5", "abc=5"),
-        (r"a = b = 5", "a=b=5"),
-        (r"12\text{ meters}", "12"),
-        (r"\text{yes}", r"\text{yes}"),
-        (r"50\%", "50"),
-        (r"30^{\circ}", "30"),
-        (r"\$ 3", "3"),
-        (r"1{,}000\!", "1{,}000"),
-        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
-        ("1\n2", "12"),
-        ("", ""),
+        (r"2^{2024}", True),
+        (r"100! + \binom{200}{100}", True),
+        (r"(x+1)^{50}", True),
+        (r"2^{1/1000000}", True),
+        (r"(2n)! \cdot 3^{n}", True),
+        (r"9^{9^{9^9}}", False),
+        (r"10^{10^{10}}!", False),
+        (r"\binom{10^9}{5 \cdot 10^8}", False),
+        (r"(1+10^{-9})^{10^9}", False),
+        (r"e^{e^{e^{e^{e^{e}}}}}", False),
+        (r"\sin(10^{10^{10}})", False),
+        (r"(x+y+z+w+1)^{60}", False),
+        (r"\prod_{i=1}^{10^{7}} i", False),
+        (r"\begin{pmatrix} 1 & 7^{7^{7^7}} \\ 2 & 3 \end{pmatrix}", False),
     ],
 )
-def test_normalisation_follows_the_math_data_set(answer: str, normal: str) -> None:
-    assert normalize(answer) == normal
+def test_numbers_that_cannot_be_worked_out_are_told_from_others(
+    answer: str, is_small: bool
+) -> None:
+    parsed = parse(f"${answer}$", [LatexExtractionConfig()], parsing_timeout=0)[0]
+    if is_small:
+        check_size(parsed)
+        return
+    with pytest.raises(TooLarge):
+        check_size(parsed)
 
 
-def test_exact_match_compares_strings_and_not_meanings() -> None:
-    assert exact_match(r"\boxed{\dfrac12}", "0.5") == 1.0
-    assert exact_match(r"\boxed{0.50}", "0.5") == 0.0
-    assert exact_match(r"\boxed{\sqrt{12}}", r"2\sqrt{3}") == 0.0
+def test_an_answer_that_was_interrupted_is_not_tried_again(monkeypatch) -> None:
+    def interrupted(*_: object, **__: object) -> bool:
+        raise KeyboardInterrupt
+
+    response, answer = r"\boxed{x^2+1000003}", "x^2+1000033"
+    with monkeypatch.context() as context:
+        context.setattr(math_answers, "verify", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            math(response, answer)
+    with pytest.raises(TooLarge, match="given up before"):
+        math(response, answer)
