@@ -29,7 +29,7 @@ from megatron_bupo.hf.architecture import (
     is_known,
     read_architecture,
 )
-from megatron_bupo.hf.tensors import check_tensors, read_index
+from megatron_bupo.hf.tensors import check_tensors, check_tied, read_index
 
 TOKENIZER_FILE = "tokenizer.json"
 # What a run keeps for good; everything else may change when it is resumed, the layout too.
@@ -98,6 +98,7 @@ def check_model(config: Config, *, training: bool = True) -> DecoderSizes:
     index = read_index(model_dir)
     if isinstance(architecture, Architecture):  # else the bridge checks, as it pairs the names
         check_tensors(architecture, index)
+        check_tied(architecture, index)
     if training:
         check_vocabulary(config, architecture)
     return architecture
