@@ -1,4 +1,4 @@
-"""The paper's runs as recipes: their numbers against the paper's tables, written down again here."""
+"""The paper's runs as recipes: their numbers against the paper's tables, written down again."""
 
 from __future__ import annotations
 
