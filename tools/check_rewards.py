@@ -27,6 +27,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,11 +40,11 @@ from megatron_bupo.data.questions import read_question
 from megatron_bupo.data.rows import read_rows
 from megatron_bupo.errors import InputError
 from megatron_bupo.rewards.grader import Grader
-from megatron_bupo.rewards.math_answers import is_formula
 from megatron_bupo.rewards.terms import check_terms
-from megatron_bupo.types import Prompt, Rollout, RolloutGroup
+from megatron_bupo.types import Grade, Prompt, Rollout, RolloutGroup
 
 GRADERS = ("math", "exact_match", "exact_match quirks=true")
+ONLY_A_STRING = "megatron_bupo.rewards.math_answers:only_a_string"
 CONSTANTS = 3  # of the commonest answers, those that are tried on all rows
 SHOWN = 20  # lines of each kind; the JSON file has all
 
@@ -73,11 +74,6 @@ class Report:
     strings: list[Wrong]
 
 
-def only_a_string(response: str, answer: str) -> bool:  # noqa: ARG001 - as all reward functions
-    """A reward function for our own use: is `answer` beyond what `math` can read?"""
-    return not is_formula(answer)
-
-
 def answers_of(file: str, column: str | None) -> list[tuple[str, str]]:
     """The place and the answer of every row."""
     data = DataConfig(train=file, answer_column=column)
@@ -91,61 +87,58 @@ def reward_of(grader: str) -> RewardConfig:
     return RewardConfig(function, {key: yaml.safe_load(value) for key, _, value in pairs})
 
 
-def graded(
-    reward: RewardConfig, pairs: Sequence[tuple[str, str]]
-) -> list[tuple[float, str | None]]:
-    """The reward and warning of every `(boxed, answer)`."""
+def graded(grader: Grader, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
+    """The grade of every `(boxed, answer)`."""
     groups = []
     for index, (boxed, answer) in enumerate(pairs):
         prompt = Prompt(index, (), answer, "", {})
         text = rf"\boxed{{{boxed}}}"
         groups.append(RolloutGroup(prompt, (Rollout(prompt, (), text, (), None, "stop", 0),)))
-    grader = Grader(reward, max_response_tokens=1)
-    try:
-        return [(grade.reward, grade.warning) for [grade] in grader.grade(groups)]
-    finally:
-        grader.close()
+    return [grade for [grade] in grader.grade(groups)]
 
 
-def report(file: str, answers: Sequence[tuple[str, str]], grader: str) -> Report:
-    """Grade the `answers`, each with its place, by `grader`."""
-    counts = Counter(answer for _, answer in answers)
-    distinct, reward = list(counts), reward_of(grader)
-    began = time.perf_counter()
-    against_themselves = graded(reward, [(answer, answer) for answer in distinct])
-    seconds = time.perf_counter() - began
-    verdicts = dict(zip(distinct, against_themselves, strict=True))
-    is_math = reward.function == "math"
-    asked = RewardConfig(f"{Path(__file__).resolve()}:only_a_string")
-    kinds = graded(asked, [(a, a) for a in distinct]) if is_math else [(0.0, None)] * len(distinct)
-    strings = {answer for answer, (kind, _) in zip(distinct, kinds, strict=True) if kind}
-    earned = {
-        constant: sum(
-            counts[answer]
-            for answer, (value, _) in zip(
-                distinct, graded(reward, [(constant, answer) for answer in distinct]), strict=True
+def report(file: str, answers: Sequence[tuple[str, str]], name: str) -> Report:
+    """Grade the `answers`, each with its place, by the grader of that `name`."""
+    counts, reward = Counter(answer for _, answer in answers), reward_of(name)
+    itself = [(answer, answer) for answer in counts]
+    with closing(Grader(reward, max_response_tokens=1)) as grader:
+        began = time.perf_counter()
+        verdicts = dict(zip(counts, graded(grader, itself), strict=True))
+        seconds = time.perf_counter() - began
+        earned = {
+            constant: sum(
+                count * (grade.reward == 1)
+                for count, grade in zip(
+                    counts.values(), graded(grader, [(constant, a) for a in counts]), strict=True
+                )
             )
-            if value == 1
-        )
-        for constant, _ in counts.most_common(CONSTANTS)
-    }
+            for constant, _ in counts.most_common(CONSTANTS)
+        }
+    strings = _strings(itself) if reward.function == "math" else None
     best = max(earned, key=earned.__getitem__)
+    wrong = [(where, answer) for where, answer in answers if verdicts[answer].reward != 1]
+    found = [(where, answer) for where, answer in answers if answer in (strings or ())]
     return Report(
         file,
-        grader,
+        name,
         rows=len(answers),
-        right=sum(verdicts[answer][0] == 1 for _, answer in answers) / len(answers),
-        string=sum(answer in strings for _, answer in answers) / len(answers) if is_math else None,
+        right=1 - len(wrong) / len(answers),
+        string=None if strings is None else len(found) / len(answers),
         constant=earned[best] / len(answers),
         constant_answer=best,
         seconds=seconds,
         wrong=[
-            Wrong(where, answer, verdicts[answer][1] or f"reward {verdicts[answer][0]:g}")
-            for where, answer in answers
-            if verdicts[answer][0] != 1
+            Wrong(w, a, verdicts[a].warning or f"reward {verdicts[a].reward:g}") for w, a in wrong
         ],
-        strings=[Wrong(w, a, "only the same string is right") for w, a in answers if a in strings],
+        strings=[Wrong(where, a, "only the same string is right") for where, a in found],
     )
+
+
+def _strings(itself: Sequence[tuple[str, str]]) -> set[str]:
+    """Those of the answers that are no more than strings to `math`."""
+    with closing(Grader(RewardConfig(ONLY_A_STRING))) as grader:
+        grades = graded(grader, itself)
+    return {answer for (answer, _), grade in zip(itself, grades, strict=True) if grade.reward}
 
 
 def lines(reports: Sequence[Report]) -> Iterator[str]:

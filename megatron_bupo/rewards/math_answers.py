@@ -73,12 +73,12 @@ def math(response: str, answer: str) -> float:
     return float(boxed is not None and _same(boxed, last_boxed(answer) or answer))
 
 
-def is_formula(answer: str) -> bool:
-    """Is a reference answer a number, a word or a formula, and not only a string?"""
+def only_a_string(response: str, answer: str) -> bool:  # noqa: ARG001 - as all reward functions
+    """Is the reference answer no number, word or formula? For tools/check_rewards.py."""
     gold = tidy(last_boxed(answer) or answer)
     if _INTEGER.fullmatch(gold) or _word(gold) is not None:
-        return True
-    return len(gold) <= LONGEST and _has_formula(_parsed(gold))
+        return False
+    return len(gold) > LONGEST or not _has_formula(_parsed(gold))
 
 
 def tidy(answer: str) -> str:
