@@ -14,12 +14,12 @@ from megatron_bupo import checkpoints
 from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule
 from megatron_bupo.config import Config, expand, flatten, to_yaml
 from megatron_bupo.config.checks import doubts
-from megatron_bupo.credit import PlanningCredit
 from megatron_bupo.data.order import PromptStream
 from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.engines import benchmarks, prompt_stream, rollout_engine, sampling_at
 from megatron_bupo.mcore import checkpoint, parallel
 from megatron_bupo.mcore.phase_actor import plan_actor
+from megatron_bupo.planning_credit import PlanningCredit
 from megatron_bupo.preflight import Preflight
 from megatron_bupo.record.heartbeat import heartbeat
 from megatron_bupo.record.journal import Journal

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from megatron_bupo import checkpoints
 from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule, Policy, depth_of
 from megatron_bupo.config import Config, expand, flatten
-from megatron_bupo.credit import PlanningCredit
 from megatron_bupo.evaluation.asking import Benchmark, Marks, ask, avg_at_k, measures
 from megatron_bupo.hf.architecture import DecoderSizes
 from megatron_bupo.hf.tensors import exported_tensors
@@ -21,6 +20,7 @@ from megatron_bupo.hf.writer import write_checkpoint
 from megatron_bupo.mcore import checkpoint
 from megatron_bupo.mcore.phase_actor import ActorPlan, plan_actor
 from megatron_bupo.mcore.trainer import MegatronTrainer
+from megatron_bupo.planning_credit import PlanningCredit
 from megatron_bupo.record.figure import draw_run
 from megatron_bupo.record.journal import Journal
 from megatron_bupo.record.mismatch import Mismatch

@@ -7,16 +7,12 @@ answer. With `bupo.internal_steps=0` it is GRPO, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from megatron_bupo.algorithm.advantages import token_advantages
 from megatron_bupo.algorithm.bupo import FULL, Policy
-from megatron_bupo.algorithm.kl import kl_estimates
 from megatron_bupo.build import build
-from megatron_bupo.config.schema import AlgorithmConfig, Config
+from megatron_bupo.config.schema import Config
+from megatron_bupo.credit import advantages, learners
 from megatron_bupo.data.packing import pack
 from megatron_bupo.errors import RunStopped
 from megatron_bupo.mcore.learning_rate import learning_rate
@@ -25,7 +21,12 @@ from megatron_bupo.record import measures
 from megatron_bupo.record.rollout_files import Learned
 from megatron_bupo.run import Run
 from megatron_bupo.sample import sample
-from megatron_bupo.types import Grade, RolloutGroup, TokenBatch
+from megatron_bupo.types import RolloutGroup, TokenBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
 
 
 def train(ready: Preflight) -> None:
@@ -120,19 +121,6 @@ def with_logprobs(
     return batch, scores
 
 
-def learners(
-    batch: TokenBatch, groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig
-) -> TokenBatch:
-    """The batch, with what is not to learn marked: with `mask_truncated`, responses that were cut.
-    Their rewards say nothing of what they would have come to (overlong filtering: DAPO, arXiv
-    2503.14476, section 3.4); the others are compared with them all the same.
-    """
-    if not algorithm.mask_truncated:
-        return batch
-    ended = [r.finish_reason == "stop" for group in groups for r in group.rollouts]
-    return batch.with_learners(torch.tensor(ended))
-
-
 def with_planning_credit(
     batch: TokenBatch,
     groups: Sequence[RolloutGroup],
@@ -150,25 +138,3 @@ def with_planning_credit(
     batch, known = credit.give(batch, groups, step, entropies=entropies)
     run.journal.note(known)
     return batch
-
-
-def advantages(
-    grades: Sequence[Sequence[Grade]], batch: TokenBatch, algorithm: AlgorithmConfig
-) -> Tensor:
-    """What each response token is worth, `[responses, tokens]`: the response's reward, where the KL
-    to the reference counts there less that, beside those of others.
-    """
-    kl = None
-    if algorithm.kl_coefficient and algorithm.kl_in == "reward":
-        assert batch.old_logprobs is not None
-        assert batch.ref_logprobs is not None
-        old, ref = batch.old_logprobs.double(), batch.ref_logprobs.double()
-        kl = kl_estimates(old, ref, estimator=algorithm.kl_estimator)
-    return token_advantages(
-        torch.tensor([[grade.reward for grade in group] for group in grades]),
-        batch.learning_mask,
-        estimator=algorithm.advantage,
-        normalize_by_std=algorithm.normalize_by_std,
-        kl=kl,
-        kl_coefficient=algorithm.kl_coefficient,
-    )

@@ -39,6 +39,7 @@ ON_TOP = {
     "__main__",
     "build",
     "credit",
+    "planning_credit",
     "engines",
     "run",
     "train",
