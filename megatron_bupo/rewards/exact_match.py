@@ -41,6 +41,8 @@ _INTEGERS = re.compile(r"(0|-?[1-9][0-9]*)/(0|-?[1-9][0-9]*)")
 
 def exact_match(response: str, answer: str, *, quirks: bool = False) -> float:
     """1.0 where the last box is `answer` after normalisation of both, else 0.0."""
+    if not isinstance(quirks, bool):
+        raise TypeError(f"quirks={quirks} is neither true nor false")
     boxed = authors_box(response) if quirks else last_boxed(response)
     if boxed is None:
         return 0.0
