@@ -114,6 +114,9 @@ def settle(bad: Sequence[InputError], rows: int, *, skip: bool) -> list[str]:
     where, reason, way_out = bad[0].args
     if len(bad) == 1 and not skip:
         raise InputError(where, reason, way_out)
+    alike = len(bad) == rows and len({error.args[1] for error in bad}) == 1
+    if alike and not skip:  # the fault is not the rows'
+        raise InputError(where, f"{reason}, and so it is with all {rows} rows", way_out)
     listed = "; ".join(f"{error.args[0]}: {error.args[1]}" for error in bad[:BAD_ROWS_SHOWN])
     if len(bad) > BAD_ROWS_SHOWN:
         listed += f"; and {len(bad) - BAD_ROWS_SHOWN} more"
