@@ -7,8 +7,10 @@ RUN_DIR ?= runs/demo
 SGLANG_PYTHON ?= python3.11
 SGLANG_VENV ?= .venv-sglang
 
-# Tests run side by side in this many processes, files whole.
+# Tests run side by side in this many processes, files whole and in order: those of the actor, which
+# fork ranks, before those that leave connections to servers behind.
 WORKERS ?= 2
+SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 VERSION = $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
@@ -36,10 +38,10 @@ demo: install
 	@$(BIN)/megatron-bupo train --config conf/demo.yaml run_dir=$(RUN_DIR)
 
 test: install-dev
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-fast: install-dev
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 test-sglang: install-dev install-sglang
 	@MEGATRON_BUPO_SGLANG_PYTHON=$(abspath $(SGLANG_VENV)/bin/python) \

@@ -8,9 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from megatron_bupo.convert_source import (
@@ -23,6 +21,7 @@ from megatron_bupo.convert_source import (
 )
 from megatron_bupo.errors import InputError
 from megatron_bupo.hf.architecture import Architecture, read_architecture
+from megatron_bupo.hf.reader import slice_opener
 from megatron_bupo.hf.tensors import CheckpointIndex, expected_tensors, is_harmless, read_index
 from megatron_bupo.hf.writer import DTYPES
 
@@ -135,12 +134,5 @@ def open_hf(path: Path, stack: ExitStack) -> Side:
 
 def hf_reader(index: CheckpointIndex, stack: ExitStack) -> Callable[[str], Tensor]:
     """`read(hf_name)` -> that tensor; files are open until `stack` closes."""
-    files: dict[Path, Any] = {}
-
-    def read(name: str) -> Tensor:
-        file = index.tensors[name].file
-        if file not in files:
-            files[file] = stack.enter_context(safe_open(str(file), "pt"))
-        return files[file].get_tensor(name)
-
-    return read
+    open_slice = slice_opener(index, stack)
+    return lambda name: open_slice(name)[...]
