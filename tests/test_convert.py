@@ -307,16 +307,13 @@ def test_values_that_are_no_numbers_are_told_of_and_a_cast_that_makes_some_is_re
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_memory_is_that_of_two_layers_however_large_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from tools import bench_conversion as bench
 
     small = {"vocab_size": 4096, "max_position_embeddings": 256}
     monkeypatch.setattr(bench, "CONFIG", bench.CONFIG | small)
-    less, more = (
-        bench.measure(tmp_path, bytes_, ["parallel.tp=2", "parallel.pp=2"])
-        for bytes_ in (180_000_000, 330_000_000)
-    )
-    for smaller, larger in zip(less, more, strict=True):
-        assert larger.model_bytes - smaller.model_bytes > 120_000_000
-        assert larger.anonymous < smaller.anonymous + 40_000_000
-        assert larger.anonymous < 2 * larger.layer_bytes + 40_000_000
+    for cost in bench.measure(tmp_path, 330_000_000, ["parallel.tp=2", "parallel.pp=2"]):
+        assert cost.model_bytes > 300_000_000
+        assert cost.anonymous < 2 * cost.layer_bytes + 40_000_000

@@ -106,8 +106,8 @@ def test_a_bad_row_is_one_line_and_leaves_no_output(tmp_path: Path, model: Path,
 @pytest.mark.slow
 def test_scores_under_torchrun(tmp_path: Path, model: Path, rows: list[Any], files: list[str]):
     done = run_python(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "-m", "megatron_bupo",
-        "score", "--model", model, *files, "--policy", "layer=2", "parallel.tp=2", "parallel.pp=2",
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megatron_bupo",
+        "score", "--model", model, *files, "--policy", "layer=2", "parallel.pp=2",
     )  # fmt: skip
     assert done.code == 0, done.err
     assert_scored(tmp_path / "out.jsonl", dense(model, rows, "layer=2", norm=False))
