@@ -134,6 +134,7 @@ def test_bupo_trains_it_from_below(model: Path, folder: Path):
         "trainer.microbatch_size=4",
         "optimizer.lr=1e-5",
         "checkpoint.every=1",
+        "checkpoint.export_hf=false",
         "logging.tensorboard=false",
         timeout_s=200,
     )
