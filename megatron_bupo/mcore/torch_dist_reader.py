@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_bupo.errors import InputError
 from megatron_bupo.hf.architecture import read_json_object
 
+COMMON_STATE = "common_state/shard_0_1"
 MODEL = ("embedding.", "decoder.", "output_layer.")  # beside it: optimizer, rng
 WAY_OUT = "restore it from a copy"
 _ITS_MODULES = {
@@ -63,7 +64,7 @@ class TorchDist:
     def __init__(self, path: Path) -> None:
         self.path = path
         metadata = _read_metadata(path)
-        _check_what_megatron_reads(path)
+        _check_what_megatron_reads(path, metadata)
         self._places: Mapping[MetadataIndex, Any] = metadata.storage_data
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: tensor
@@ -200,6 +201,7 @@ def _read_metadata(path: Path) -> Metadata:
             metadata = _Unpickler(opened).load()
         assert isinstance(metadata, Metadata)
         assert isinstance(metadata.storage_data, dict)
+        assert isinstance(metadata.state_dict_metadata, dict)
     except FileNotFoundError:
         reason = "no such file: this is not a torch_dist checkpoint, or a half-written one"
         raise InputError(str(file), reason, "give the directory of a complete one") from None
@@ -209,10 +211,15 @@ def _read_metadata(path: Path) -> Metadata:
     return metadata
 
 
-def _check_what_megatron_reads(path: Path) -> None:
-    """What stands beside tensors is not needed here; where it is damaged, so may be more."""
+def _check_what_megatron_reads(path: Path, metadata: Metadata) -> None:
+    """What stands beside tensors is not needed here; where it is damaged, so may be more.
+    Newer releases (0.19) have it as an object among them.
+    """
     file = path / "metadata.json"
     if read_json_object(file).get("sharded_backend") != "torch_dist":
         raise InputError(str(file), "does not say sharded_backend: torch_dist", WAY_OUT)
-    if not zipfile.is_zipfile(path / "common.pt"):
-        raise InputError(str(path / "common.pt"), "is missing or damaged", WAY_OUT)
+    common = path / "common.pt"
+    if not common.exists() and COMMON_STATE in metadata.state_dict_metadata:
+        return
+    if not zipfile.is_zipfile(common):
+        raise InputError(str(common), "is missing or damaged", WAY_OUT)
