@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import pickle
@@ -43,6 +44,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_s: float =
     numbers, or containers of them.
     """
     context = multiprocessing.get_context("fork")
+    gc.freeze()  # else each worker's collector walks through, and so copies, all that we hold
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         readers: list[Connection] = []
@@ -57,6 +59,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_s: float =
                 workers.append(worker)
             return _answers(readers, time.monotonic() + timeout_s)
         finally:
+            gc.unfreeze()
             for worker in workers:
                 with contextlib.suppress(ProcessLookupError):  # not yet a session of its own
                     os.killpg(worker.pid, signal.SIGKILL)

@@ -7,6 +7,7 @@ ended is to have closed them and to have left no process behind.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -147,9 +148,11 @@ def fork(function: Callable[[], int], *, env: Mapping[str, str] | None = None) -
         importlib.import_module(module)
     mark = uuid.uuid4().hex
     pipes = os.pipe(), os.pipe()
+    gc.freeze()  # else its collector walks through, and so copies, all that we hold
     pid = os.fork()
     if pid == 0:
         _become(function, [write for _, write in pipes], {**(env or {}), MARK: mark})
+    gc.unfreeze()
     for _, write in pipes:
         os.close(write)
     return Running(pid, (pipes[0][0], pipes[1][0]), mark)
