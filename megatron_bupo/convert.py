@@ -39,7 +39,7 @@ from megatron_bupo.hf.writer import (
 from megatron_bupo.mcore.hf_weights import Row, Unit, read_piece, unit_rows, units
 from megatron_bupo.mcore.torch_dist import Entry, Holders, finish, write_unit
 from megatron_bupo.mcore.torch_dist_reader import TorchDist
-from megatron_bupo.mcore.torch_dist_units import Source
+from megatron_bupo.mcore.torch_dist_units import Source, read_row
 from megatron_bupo.record.transfer import Transfer, in_bytes
 from megatron_bupo.resumable import Unfinished, existing_ancestor, unfinished
 
@@ -189,10 +189,7 @@ def _read_unit(job: ToHF, unit: Unit) -> Iterator[tuple[str, Tensor]]:
     for row in unit_rows(unit, job.arch, ep=1):
         if unit in job.sources:
             source = job.sources[unit][row.hf[0]]
-            parameter = job.checkpoint.read(source.key, source.at)
-            if unit in ("embedding", "unembedding"):
-                parameter = parameter[: job.arch.vocab_size]  # above: padding
-            yield from zip(row.hf, row.split(parameter, job.arch), strict=True)
+            yield from read_row(row, source, job.checkpoint, job.arch).items()
             continue
         assert job.base is not None, "what has no source is in the base"
         with ExitStack() as files:

@@ -6,9 +6,8 @@ whole checkpoint), or a directory of Megatron-LM's with its tracker file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from megatron_bupo.config import expand
 from megatron_bupo.errors import InputError
 from megatron_bupo.hf.architecture import Architecture, read_architecture
 from megatron_bupo.hf.tensors import CheckpointIndex, check_tensors, check_tied, read_index
-from megatron_bupo.preflight import BESIDE_THE_WEIGHTS
+from megatron_bupo.preflight import other_than_before
 from megatron_bupo.resumable import is_unfinished
 
 METADATA = ".metadata"
@@ -106,14 +105,12 @@ def read_its_architecture(source: MegatronSource) -> Architecture:
     """The model of `source`, as config.json and the run that wrote the checkpoint both have it."""
     arch = read_architecture(source.like)
     before = source.run["architecture"] if source.run else {}
-    for name, now in json.loads(json.dumps(asdict(arch))).items():
-        was = before.get(name, now)
-        if was != now and name not in BESIDE_THE_WEIGHTS:
-            raise InputError(
-                str(source.like / "config.json"),
-                f"is of a model with {name}={now}, but {source.path} is of one with {name}={was}",
-                "name the HF directory that the run began with by --like DIR",
-            )
+    for name, was, now in other_than_before(before, arch):
+        raise InputError(
+            str(source.like / "config.json"),
+            f"is of a model with {name}={now}, but {source.path} is of one with {name}={was}",
+            "name the HF directory that the run began with by --like DIR",
+        )
     return arch
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -134,14 +134,12 @@ def check_resumption(config: Config, architecture: DecoderSizes) -> None:
             was, now = (v if isinstance(v, str) else json.dumps(v) for v in (was, now))
             reason = f"{path} holds the state of an optimizer with {key}={was}, which does not fit"
             raise InputError(f"{key}={now}", reason, f"set {key}={was}, or choose another run_dir")
-    for name, now in json.loads(json.dumps(asdict(architecture))).items():
-        was = before["architecture"].get(name, now)  # a bridge knows fewer facts than our table
-        if was != now and name not in BESIDE_THE_WEIGHTS:
-            raise InputError(
-                f"model.path={config.model.path}",
-                f"is a model with {name}={now}, but {path} is of one with {name}={was}",
-                "name the model that the run began with, or choose another run_dir",
-            )
+    for name, was, now in other_than_before(before["architecture"], architecture):
+        raise InputError(
+            f"model.path={config.model.path}",
+            f"is a model with {name}={now}, but {path} is of one with {name}={was}",
+            "name the model that the run began with, or choose another run_dir",
+        )
     policy = PhaseSchedule.of(config.bupo.phases()).policy_at(step)
     if config.bupo.internal_layout is not None and (
         depth_of(policy, architecture.layers) < before["trained_layers"]
@@ -152,6 +150,18 @@ def check_resumption(config: Config, architecture: DecoderSizes) -> None:
             f"an actor of the {policy} alone",
             "set bupo.internal_layout=null, or choose another run_dir",
         )
+
+
+def other_than_before(
+    before: Mapping[str, Any], architecture: DecoderSizes
+) -> Iterator[tuple[str, Any, Any]]:
+    """`(fact, was, is now)` of the network's facts that a checkpoint has otherwise. What it does
+    not say is not looked at: a bridge knows fewer facts than our table.
+    """
+    for name, now in json.loads(json.dumps(asdict(architecture))).items():
+        was = before.get(name, now)
+        if was != now and name not in BESIDE_THE_WEIGHTS:
+            yield name, was, now
 
 
 def _check_debugging(config: Config, architecture: DecoderSizes) -> None:

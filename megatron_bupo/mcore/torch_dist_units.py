@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from megatron_bupo.errors import InputError
 from megatron_bupo.hf.architecture import Architecture
 from megatron_bupo.hf.tensors import expected_tensors
@@ -159,3 +161,13 @@ def _is_expert(source: Source) -> bool:
 def _listed(names: list[str]) -> str:
     more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
     return f"{names[0]}{more}"
+
+
+def read_row(
+    row: Row, source: Source, checkpoint: TorchDist, arch: Architecture
+) -> dict[str, Tensor]:
+    """HF name -> tensor, of those that the parameter at `source` is made of."""
+    parameter = checkpoint.read(source.key, source.at)
+    if row in VOCABULARY:
+        parameter = parameter[: arch.vocab_size]  # above: padding
+    return dict(zip(row.hf, row.split(parameter, arch), strict=True))

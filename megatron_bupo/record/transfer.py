@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from rich.progress import (
@@ -43,12 +42,7 @@ class Transfer:
             self.say(f"going on after {in_bytes(self.done)} of {in_bytes(self.total)}")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

@@ -66,7 +66,12 @@ def open_megatron(path: Path, stack: ExitStack, like: Path | None = None) -> Sid
     """
     from megatron_bupo.mcore.hf_weights import Row, Unit, unit_rows, units
     from megatron_bupo.mcore.torch_dist_reader import TorchDist
-    from megatron_bupo.mcore.torch_dist_units import absent_units, check_padding, locate
+    from megatron_bupo.mcore.torch_dist_units import (
+        absent_units,
+        check_padding,
+        locate,
+        read_row,
+    )
 
     source = _source(str(path), like)
     arch = read_its_architecture(source)
@@ -85,11 +90,7 @@ def open_megatron(path: Path, stack: ExitStack, like: Path | None = None) -> Sid
 
     @lru_cache(maxsize=1)  # the tensors of a parameter are asked for one after the other
     def of_parameter(unit: Unit, row: Row) -> dict[str, Tensor]:
-        found = located[unit][row.hf[0]]
-        parameter = checkpoint.read(found.key, found.at)
-        if unit in {"embedding", "unembedding"}:
-            parameter = parameter[: arch.vocab_size]  # above: padding
-        return dict(zip(row.hf, row.split(parameter, arch), strict=True))
+        return read_row(row, located[unit][row.hf[0]], checkpoint, arch)
 
     def read(name: str) -> Tensor:
         unit, row = rows[name]
