@@ -54,6 +54,7 @@ CHOICES = {
         "rloo",
         "reinforce_plus_plus",
         "reinforce_plus_plus_baseline",
+        "gae",
     ),
     "algorithm.loss": ("clipped", "gspo", "cispo", "unclipped"),
     "algorithm.loss_aggregation": ("auto", "token_mean", "sequence_mean", "constant_length"),
@@ -64,6 +65,7 @@ CHOICES = {
     "hicra.phases": ("full", "internal", "both"),
     "bupo.optimizer_at_switch": ("per_layer_step", "common_step", "reset", "warmup"),
     "optimizer.decay": ("constant", "linear", "cosine"),
+    "critic.optimizer.decay": ("constant", "linear", "cosine"),
 }
 
 # (what a number must be, test, keys); a null passes where the schema allows it
@@ -75,6 +77,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         rollout.max_response_tokens rollout.batch_size algorithm.minibatches bupo.target_layer
         rollout.step_budget_tokens servers.count servers.attempts sync.bucket_bytes
         bupo.switch_warmup_steps optimizer.max_skipped_updates
+        critic.minibatches critic.optimizer.max_skipped_updates
         parallel.tp parallel.pp parallel.vpp parallel.dp parallel.cp parallel.ep parallel.etp
         trainer.microbatch_size trainer.max_tokens_per_microbatch trainer.logprob_chunk_tokens
         checkpoint.every checkpoint.keep
@@ -87,6 +90,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda x: x >= 0,
         """seed algorithm.kl_coefficient algorithm.entropy_coefficient bupo.internal_steps
         optimizer.lr optimizer.min_lr optimizer.warmup_steps optimizer.weight_decay
+        critic.warmup_steps critic.optimizer.lr critic.optimizer.min_lr
+        critic.optimizer.warmup_steps critic.optimizer.weight_decay
         evaluation.every evaluation.temperature rollout.temperature logging.stall_s
         rollout.max_staleness rollout.dynamic_sampling_rounds servers.restarts
         debug.mismatch_every""",
@@ -95,7 +100,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "greater than 0",
         lambda x: x > 0,
         """reward.timeout_s algorithm.clip_high algorithm.tis_cap
-        optimizer.eps optimizer.clip_grad rollout.step_budget_s servers.start_timeout_s
+        optimizer.eps optimizer.clip_grad critic.clip_range critic.optimizer.eps
+        critic.optimizer.clip_grad rollout.step_budget_s servers.start_timeout_s
         servers.request_timeout_s servers.batch_timeout_s servers.health_every_s sync.timeout_s""",
     ),
     (
@@ -106,6 +112,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("between 0 and 1, both excluded", lambda x: 0 < x < 1, "evaluation.confidence"),
     ("greater than 0 and at most 1", lambda x: 0 < x <= 1, "hicra.entropy_share"),
     ("at least 0", lambda x: x >= 0, "hicra.alpha hicra.from_step"),
+    ("between 0 and 1", lambda x: 0 <= x <= 1, "algorithm.gamma algorithm.gae_lambda"),
     ("greater than 1, or null for no dual clip", lambda x: x > 1, "algorithm.dual_clip"),
 )
 

@@ -20,6 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_bupo.config.optimizer import OptimizerConfig
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
 
@@ -43,9 +44,13 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
     except OmegaConfBaseException as error:  # an interpolation `${...}` that leads nowhere
         raise InputError(str(error.full_key), str(error).partition("\n")[0]) from None
     assert isinstance(config, Config)
-    optimizer = config.optimizer  # omegaconf < 2.4 reads tuples as lists
-    optimizer = dataclasses.replace(optimizer, betas=tuple(optimizer.betas))
-    return dataclasses.replace(config, optimizer=optimizer)
+    critic = dataclasses.replace(config.critic, optimizer=_with_tuples(config.critic.optimizer))
+    return dataclasses.replace(config, optimizer=_with_tuples(config.optimizer), critic=critic)
+
+
+def _with_tuples(optimizer: OptimizerConfig) -> OptimizerConfig:
+    """omegaconf < 2.4 reads tuples as lists."""
+    return dataclasses.replace(optimizer, betas=tuple(optimizer.betas))
 
 
 def to_yaml(config: Config) -> str:

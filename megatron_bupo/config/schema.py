@@ -1,5 +1,7 @@
 """Every knob, with its unit, default and meaning. YAML files hold deltas to these; nothing else
-holds defaults. What is asked and how it is graded stands in `questions.py`, HICRA in `hicra.py`.
+holds defaults. What is asked and how it is graded stands in `questions.py`, what leads from rewards
+to a loss in `algorithm.py`, Adam in `optimizer.py`, PPO's critic in `critic.py`, HICRA in
+`hicra.py`.
 
 No torch here: a config is read, checked and printed before anything heavy is imported.
 """
@@ -9,7 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_bupo.config.algorithm import AlgorithmConfig
+from megatron_bupo.config.critic import CriticConfig
 from megatron_bupo.config.hicra import HicraConfig
+from megatron_bupo.config.optimizer import OptimizerConfig
 from megatron_bupo.config.questions import (
     BenchmarkConfig,
     DataConfig,
@@ -19,11 +24,14 @@ from megatron_bupo.config.questions import (
     SourceConfig,
 )
 
-__all__ = [  # here, and what stands in those two
+__all__ = [  # here, and what stands in those
+    "AlgorithmConfig",
     "BenchmarkConfig",
+    "CriticConfig",
     "DataConfig",
     "EvaluationConfig",
     "HicraConfig",
+    "OptimizerConfig",
     "RewardConfig",
     "RewardTermConfig",
     "SourceConfig",
@@ -97,49 +105,6 @@ class SyncConfig:
 
 
 @dataclass(frozen=True)
-class AlgorithmConfig:
-    """From rewards to a loss. Defaults: the GRPO of the BuPO paper's runs (Table 8, scripts)."""
-
-    # grpo | dr_grpo | rloo | reinforce_plus_plus | reinforce_plus_plus_baseline; formulas in
-    # algorithm/advantages.py
-    advantage: str = "grpo"
-    normalize_by_std: bool = True  # of grpo: (R - mean) / (std + 1e-6), unbiased; false: R - mean
-    # clipped | gspo | cispo | unclipped; formulas in algorithm/policy_loss.py
-    loss: str = "clipped"
-    clip_low: float = 0.2  # ratios are clipped below 1 - clip_low; 1: never
-    clip_high: float = 0.2  # and above 1 + clip_high
-    dual_clip: float | None = 10.0  # bound on the ratio's weight where A < 0; None: off
-    # token_mean | sequence_mean (the paper's equation) | constant_length (1 over responses x
-    # rollout.max_response_tokens) | auto: the last with dr_grpo, sequence_mean with gspo, else the
-    # first
-    loss_aggregation: str = "auto"
-    minibatches: int = 4  # optimizer updates per step
-    kl_coefficient: float = 0.0  # of the KL to the initial model under the same policy; 0: none
-    kl_estimator: str = "k3"  # k1 | k2 | k3
-    kl_in: str = "loss"  # loss | reward
-    entropy_coefficient: float = 0.0  # of the entropy of the policy that trains, a bonus; 0: none
-    mask_truncated: bool = False  # responses that were cut, for whatever reason, do not learn
-    # Truncated importance sampling in the full-policy phase: a token weighs at most tis_cap, else
-    # old policy / sampler. auto: where rollout.max_staleness > 0 | tis: always | none
-    rollout_correction: str = "auto"
-    tis_cap: float = 2.0
-
-    @property
-    def aggregation(self) -> str:
-        """`loss_aggregation`, with what auto stands for."""
-        if self.loss_aggregation != "auto":
-            return self.loss_aggregation
-        if self.advantage == "dr_grpo":
-            return "constant_length"
-        return "sequence_mean" if self.loss == "gspo" else "token_mean"
-
-    @property
-    def needs_old_logprobs(self) -> bool:
-        """Must they be known before the step's first update? With one update, the ratio is 1."""
-        return self.minibatches > 1 or (self.kl_coefficient > 0 and self.kl_in == "reward")
-
-
-@dataclass(frozen=True)
 class StageConfig:
     """One stage of a bottom-up schedule: train internal layer `layer` for `steps` steps."""
 
@@ -189,25 +154,6 @@ class BupoConfig:
         if not stages and self.target_layer is not None:
             stages = [(self.target_layer, self.internal_steps)]
         return [(layer, steps) for layer, steps in stages if steps]
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its learning-rate schedule; units: one step of the loop."""
-
-    lr: float = 1e-6
-    min_lr: float = 0.0
-    warmup_steps: int = 0
-    decay: str = "constant"  # constant | linear | cosine, from the end of warm-up to the last step
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip_grad: float = 1.0  # global gradient norm
-    # What some units learn at a rate of their own, e.g. {"1-6": 0.1, embedding: 0}: layers counted
-    # from 1, embedding, final_norm, unembedding; 0 freezes them
-    lr_factors: dict[str, float] = field(default_factory=dict)
-    # An update whose loss or gradient is not finite is skipped; this many in a row stop the run
-    max_skipped_updates: int = 3
 
 
 @dataclass(frozen=True)
@@ -269,6 +215,7 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     bupo: BupoConfig = field(default_factory=BupoConfig)
     hicra: HicraConfig = field(default_factory=HicraConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
