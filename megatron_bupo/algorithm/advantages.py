@@ -25,6 +25,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_bupo.algorithm.value import gae
+
 STD_FLOOR = 1e-6
 VARIANCE_FLOOR = 1e-8  # verl's
 
@@ -63,6 +65,40 @@ def token_advantages(
     else:
         raise ValueError(f"unknown estimator {estimator!r}")
     return worth.reshape(-1, 1) * learns
+
+
+def critic_advantages(
+    rewards: Tensor,
+    values: Tensor,
+    learns: Tensor,
+    *,
+    gamma: float,
+    gae_lambda: float,
+    whiten: bool = True,
+    kl: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """PPO's advantages (gae, in `value.py`) and the returns that its critic learns, fp32
+    `[responses, tokens]`, 0 where nothing `learns`.
+
+    `values [responses, tokens]` of the critic before the step's first update: entry t is what the
+    rest of the response earns before token t is known. `rewards [prompts, responses_per_prompt]`
+    stand at the last tokens that learn, `kl` as above is taken off token by token. `whiten`: the
+    advantages, over all tokens that learn; the returns are those of the plain ones.
+    """
+    earned = token_rewards(rewards, learns)
+    if kl is not None:
+        earned -= kl_coefficient * kl.double()
+    advantages, returns = gae(earned, values, learns, gamma=gamma, gae_lambda=gae_lambda)
+    return whitened(advantages, learns) if whiten else advantages.float(), returns.float()
+
+
+def token_rewards(rewards: Tensor, mask: Tensor) -> Tensor:
+    """Each response's reward at its last token in `mask [responses, tokens]`, 0 elsewhere; of the
+    mask's shape, float64.
+    """
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    return last * rewards.double().reshape(-1, 1)
 
 
 def group_relative_advantages(rewards: Tensor, *, normalize_by_std: bool = True) -> Tensor:
