@@ -105,7 +105,7 @@ def test_without_discounts_an_advantage_is_the_reward_less_the_value():
 def test_a_critic_that_knows_the_future_leaves_no_advantage():
     mask, rewards = masks(), torch.rand(8, 1)
     left = mask.flip(1).cumsum(1).flip(1) - 1  # tokens after this one
-    values = rewards.double() * 0.9**left
+    values = rewards.double() * 0.9 ** left.double()
     for gae_lambda in (0.0, 0.5, 1.0):
         advantages, _ = gae(
             token_rewards(rewards, mask), values, mask, gamma=0.9, gae_lambda=gae_lambda
