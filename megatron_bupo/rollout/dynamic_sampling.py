@@ -44,25 +44,32 @@ def with_signal(asked: Graded, *, rounds: int, ask: Callable[[int, int], Graded]
     took; its mean reward is that of what was asked first, for those kept were chosen by theirs.
     """
     groups, grades = list(asked.groups), list(asked.grades)
-    further, replaced, used = 0, 0, 0
+    further, replaced, used, tokens = 0, 0, 0, _tokens(asked)
     for number in range(1, rounds + 1):
         without = [place for place, group in enumerate(grades) if not has_signal(group)]
         if not without:
             break
         found = ask(number, len(without))
-        used, further = number, further + len(without)
+        used, further, tokens = number, further + len(without), tokens + _tokens(found)
         new = [pair for pair in zip(found.groups, found.grades, strict=True) if has_signal(pair[1])]
         for place, (group, grade) in zip(without, new, strict=False):
             groups[place], grades[place] = group, grade
         replaced += len(new)
-    measures = {
-        "rollout/dynamic_rounds": float(used),
-        "rollout/further_groups": float(further),
-        "rollout/replaced_groups": float(replaced),
-        "rollout/reward_mean": _mean_reward(asked.grades),
-        "rollout/kept_reward_mean": _mean_reward(grades),
-    }
-    return Graded(groups, grades, measures if rounds else {})
+    measures = {"rollout/sampled_tokens": float(tokens)}
+    if rounds:
+        measures |= {
+            "rollout/dynamic_rounds": float(used),
+            "rollout/further_groups": float(further),
+            "rollout/replaced_groups": float(replaced),
+            "rollout/reward_mean": _mean_reward(asked.grades),
+            "rollout/kept_reward_mean": _mean_reward(grades),
+        }
+    return Graded(groups, grades, measures)
+
+
+def _tokens(asked: Graded) -> int:
+    """Response tokens of all groups."""
+    return sum(len(rollout.response_ids) for group in asked.groups for rollout in group.rollouts)
 
 
 def _mean_reward(grades: Sequence[Sequence[Grade]]) -> float:

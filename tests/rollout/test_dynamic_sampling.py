@@ -5,15 +5,16 @@ import random
 import pytest
 
 from megatron_bupo.rollout.dynamic_sampling import Graded, has_signal, place_of, with_signal
-from megatron_bupo.types import Grade, Prompt, RolloutGroup
+from megatron_bupo.types import Grade, Prompt, Rollout, RolloutGroup
 
 DULL, TELLING = (0.0, 0.0, 0.0), (0.0, 1.0, 0.0)
 
 
 def graded(rows: list[tuple[int, tuple[float, ...]]]) -> Graded:
-    """Groups of no rollouts, with rewards, by the index of their prompt."""
+    """Groups of one rollout, whose tokens their prompt's index counts; with rewards."""
+    prompts = [Prompt(index, (), "", "") for index, _ in rows]
     return Graded(
-        [RolloutGroup(Prompt(index, (), "", ""), ()) for index, _ in rows],
+        [RolloutGroup(p, (Rollout(p, (1,) * p.index, "", (), None, "stop", 0),)) for p in prompts],
         [[Grade(reward) for reward in rewards] for _, rewards in rows],
     )
 
@@ -42,10 +43,13 @@ def test_places_without_a_signal_are_filled_in_order_for_so_many_rounds(rounds: 
     assert [group.prompt.index for group in kept.groups] == [index for index, _ in expected]
     assert [tuple(g.reward for g in grades) for grades in kept.grades] == [r for _, r in expected]
     assert seen == asked
+    tokens = sum(index for index, _ in first)
+    tokens += sum(index for number, count in asked for index, _ in pool[number][:count])
     if not rounds:
-        assert kept.measures == {}
+        assert kept.measures == {"rollout/sampled_tokens": tokens}
         return
     assert kept.measures == {
+        "rollout/sampled_tokens": tokens,
         "rollout/dynamic_rounds": used,
         "rollout/further_groups": sum(count for _, count in asked),
         "rollout/replaced_groups": sum(row not in first for row in expected),
