@@ -7,14 +7,15 @@ With R_i the rewards of the n responses to one prompt::
     rloo                            R_i - mean of the others' R              arXiv 2402.14740
     reinforce_plus_plus             R_i, whitened                            arXiv 2501.03262
     reinforce_plus_plus_baseline    R_i - mean R, whitened                   the same
+    gae                             by a critic, whitened; see `value.py`    arXiv 1506.02438
 
 GRPO's is BuPO's Eq 3, with the unbiased std of the authors' code; RLOO's is n / (n - 1) times Dr.
 GRPO's. To whiten is to subtract the mean of all response tokens of a step and to divide by their
 standard deviation, as verl does: a long response counts more often than a short one.
 
-Where a KL to the reference is taken off the reward, a response loses all of its own. With
+Where a KL to the reference is taken off the reward, a response loses all of its own. With gae and
 reinforce_plus_plus rewards belong to tokens: a token loses the KL from itself onwards, which makes
-its advantage a return, with gamma 1.
+the latter's advantage a return, with gamma 1.
 
 The other half of Dr. GRPO is the loss's: each response's is divided by one constant, not by its
 length (`token_weights`, "constant_length").

@@ -4,7 +4,7 @@ With the ratio r = exp(logprobs - old_logprobs), both of the policy that trains 
 clip(r) between 1 - clip_low and 1 + clip_high::
 
     clipped      max(-A r, -A clip(r)), and where A < 0 at most -A dual_clip
-                                                           PPO, as GRPO and BuPO use it
+                 PPO (arXiv 1707.06347, Eq 7), as GRPO and BuPO use it; the bound: 1912.09729
     gspo         the same with s, the geometric mean of r over the response: it is clipped whole
                                                            arXiv 2507.18071, Eq 5 and 7
     cispo        -sg(clip(r)) A log p: no token is left out, its weight is what is clipped

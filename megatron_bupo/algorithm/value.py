@@ -1,16 +1,16 @@
 """What will a response still earn from here on, and what did a token change about it?
 
 A critic's value V_t is what the rest of a response is expected to earn before its token t is known.
-Generalized advantage estimation (arXiv 1506.02438, Eq 11 and 16) weighs how far each token's reward
-and the next value surpass it, the further ahead the less::
+Generalized advantage estimation (arXiv 1506.02438, Eq 16) weighs how far each token's reward and
+the next value surpass it, the further ahead the less::
 
     delta_t = r_t + gamma V_{t+1} - V_t
     A_t     = delta_t + gamma lambda A_{t+1}
     return  = A_t + V_t                         what the critic learns
 
-lambda 1 takes the rewards as they came, less V_t: no bias, all their noise; lambda 0 trusts the
-critic from the next token on. After a response's last token there is nothing to earn: V is 0 there,
-of a response that was cut too, for that is how it is graded.
+lambda 1 takes the rewards as they came, less V_t: no bias, all their noise (Eq 18); lambda 0 trusts
+the critic from the next token on (Eq 17). After a response's last token there is nothing to earn, so
+V is 0 there; of a response that was cut too, for it is graded as it is.
 
 The critic's loss keeps it near its own values from before the step's first update, as PPO's authors
 do in their code, and takes the worse of both::
