@@ -9,9 +9,11 @@ from pathlib import Path
 from statistics import fmean
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_bupo import checkpoints
 from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule, Policy, depth_of
+from megatron_bupo.algorithm.planning_measures import Planning
 from megatron_bupo.config import Config, expand, flatten
 from megatron_bupo.evaluation.asking import Benchmark, Marks, ask, avg_at_k, measures
 from megatron_bupo.hf.architecture import DecoderSizes
@@ -30,7 +32,7 @@ from megatron_bupo.rewards.grader import Grading
 from megatron_bupo.rollout.ahead import RolloutStream
 from megatron_bupo.rollout.engine import RolloutEngine
 from megatron_bupo.rollout.weights import StoredWeights, Together
-from megatron_bupo.types import Weights
+from megatron_bupo.types import RolloutGroup, TokenBatch, Weights
 
 
 @dataclass
@@ -83,6 +85,28 @@ class Run:
         known["accuracy_mean"] = fmean(accuracies)
         self.journal.note({f"{prefix}{key}": value for key, value in known.items()})
         self.warn(sorted(warnings))
+
+    def planning_of(self, batch: TokenBatch, groups: Sequence[RolloutGroup]) -> Planning | None:
+        """What the responses plan, where HICRA has grams to tell by. Collective."""
+        if self.credit is None:
+            return None
+        with self.journal.doing("planning"):
+            return self.credit.find(batch, groups)
+
+    def measure_planning(
+        self,
+        planning: Planning | None,
+        batch: TokenBatch,
+        groups: Sequence[RolloutGroup],
+        full: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Note what is worth knowing of `planning`. `full`: the full policy's log-probs and
+        entropies, if the trainer has computed them.
+        """
+        if self.credit is None or planning is None:
+            return
+        with self.journal.doing("planning"):
+            self.journal.note(self.credit.measure(planning, batch, groups, full))
 
     def warn(self, warnings: Sequence[str]) -> None:
         """Tell of what went wrong without stopping the run."""

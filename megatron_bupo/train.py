@@ -21,12 +21,12 @@ from megatron_bupo.record import measures
 from megatron_bupo.record.rollout_files import Learned
 from megatron_bupo.run import Run
 from megatron_bupo.sample import sample
-from megatron_bupo.types import RolloutGroup, TokenBatch
+from megatron_bupo.types import TokenBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
+
+    from megatron_bupo.algorithm.planning_measures import Planning
 
 
 def train(ready: Preflight) -> None:
@@ -61,25 +61,31 @@ def train_step(run: Run, step: int) -> None:
         groups, grades = sampled.groups, sampled.grades
         batch = learners(pack(groups, run.pad_id), groups, config.algorithm)
         batch, scores = with_logprobs(batch, policy, run)
-        full = full_scores(batch, run) if must_compare(step, policy, config) else None
+        full = scores if policy == FULL else None
+        if full is None and (must_compare(step, policy, config) or needs_entropies(step, run)):
+            full = full_scores(batch, run)
         batch = batch.with_advantages(advantages(grades, batch, config.algorithm))
-        batch = with_planning_credit(batch, groups, step, run, scores if policy == FULL else full)
+        planning = run.planning_of(batch, groups)
+        batch = with_planning_credit(batch, planning, step, run, full)
         lr = learning_rate(step, config, phase_start=run.schedule.phase_start(step))
         with journal.doing("update"):
             minibatches = batch.minibatches(config.algorithm.minibatches)
             updates = [trainer.update(minibatch, policy, lr=lr) for minibatch in minibatches]
         run.learned = step + 1
-        journal.dump(groups, grades, Learned(policy, batch, scores or updates[0].scores))
+        scores = scores or updates[0].scores
+        full = scores if policy == FULL else full
+        journal.dump(groups, grades, Learned(policy, batch, scores))
         run.warn(run.skipped.after(step, updates))
         with journal.doing("sync"):
             sync = run.engine.load_weights(trainer.changed_weights(policy), version=step + 1)
         journal.note(measures.sync_measures(sync))
-        known = measures.policy_measures(policy, scores or updates[0].scores, batch, full=full)
+        known = measures.policy_measures(policy, scores, batch, full=full)
         journal.note(known)
         run.warn(run.mismatch.after(step, known))
         journal.note(run.rollouts.measures())
         journal.note(measures.rollout_measures(groups, grades) | sampled.measures)
         journal.note(measures.update_measures(updates, lr))
+        run.measure_planning(planning, batch, groups, full)
         run.warn(measures.warnings_of(grades))
         if config.evaluation.every and (step + 1) % config.evaluation.every == 0:
             run.evaluate()
@@ -121,9 +127,15 @@ def with_logprobs(
     return batch, scores
 
 
+def needs_entropies(step: int, run: Run) -> bool:
+    """Must the full policy's entropies be known before the updates of `step`?"""
+    credit = run.credit
+    return credit is not None and credit.needs_entropies(step, run.schedule.policy_at(step))
+
+
 def with_planning_credit(
     batch: TokenBatch,
-    groups: Sequence[RolloutGroup],
+    planning: Planning | None,
     step: int,
     run: Run,
     full: tuple[Tensor, Tensor] | None,
@@ -131,10 +143,9 @@ def with_planning_credit(
     """The batch with more weight on the tokens that plan, where HICRA is on. `full`: the full
     policy's scores, if they are known.
     """
-    credit, policy = run.credit, run.schedule.policy_at(step)
-    if credit is None or not credit.is_on(step, policy):
+    credit = run.credit
+    if credit is None or not credit.is_on(step, run.schedule.policy_at(step)):
         return batch
-    entropies = (full or full_scores(batch, run))[1] if credit.needs_entropies else None
-    batch, known = credit.give(batch, groups, step, entropies=entropies)
+    batch, known = credit.give(batch, planning, step, entropies=full and full[1])
     run.journal.note(known)
     return batch

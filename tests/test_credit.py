@@ -85,10 +85,10 @@ def test_planning_tokens_learn_more_in_the_steps_that_are_asked_for(
             tokens += plans
         if step in on:
             some += sum(tokens)
-            share = known["hicra/planning_tokens_fraction"]
+            share = known["hicra/credited_tokens_fraction"]
             assert share == pytest.approx(sum(tokens) / len(tokens))
         else:
-            assert "hicra/planning_tokens_fraction" not in known
+            assert "hicra/credited_tokens_fraction" not in known
     assert some
 
 

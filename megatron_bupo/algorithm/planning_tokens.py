@@ -75,6 +75,12 @@ def words_of(text: str) -> list[str]:
     return [_folded(piece) for piece in _PIECE.findall(text)]
 
 
+def word_at(text: str, start: int) -> str | None:
+    """The first word or punctuation mark of `text` from `start` on, where one ends or begins."""
+    match = _PIECE.search(text, start)
+    return None if match is None else _folded(match[0])
+
+
 @lru_cache(maxsize=2**16)
 def _folded(piece: str) -> str:
     if piece.isascii():
@@ -85,9 +91,14 @@ def _folded(piece: str) -> str:
 
 def planning_mask(text: str, tokens: Sequence[Span], grams: StrategicGrams) -> list[bool]:
     """Does each token plan? `tokens`: their characters in `text`, in order."""
+    return inside(tokens, grams.find(text))
+
+
+def inside(tokens: Sequence[Span], found: Sequence[Found]) -> list[bool]:
+    """Is each of the `tokens` part of a gram that was `found` in their text?"""
     planning = [False] * len(tokens)
     at = 0
-    for start, end in _covered(grams.find(text)):
+    for start, end in _covered(found):
         while at < len(tokens) and tokens[at][1] <= start:
             at += 1
         while at < len(tokens) and tokens[at][0] < end:

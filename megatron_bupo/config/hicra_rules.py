@@ -10,20 +10,21 @@ from megatron_bupo.errors import InputError
 
 
 def check_hicra(config: Config) -> None:
-    """HICRA has grams if it needs them, meets a step of the run, and rewards no failure."""
+    """HICRA has grams if it needs them, meets a step of the run if it does more than watch, and
+    rewards no failure.
+    """
     hicra = config.hicra
     if not hicra.enabled:
         _nothing_else_is_set(hicra)
         return
-    if hicra.mask == "entropy" and hicra.grams is not None:
-        reason = "is not looked at with hicra.mask=entropy"
-        raise InputError(f"hicra.grams={hicra.grams}", reason, "set it to null")
     if hicra.form == "paper" and hicra.alpha > 1:
         raise InputError(
             f"hicra.alpha={hicra.alpha:g}",
             "makes A + alpha |A| positive where A is negative: failures would be rewarded",
             "choose at most 1, or hicra.form=amplify",
         )
+    if not hicra.alpha:
+        return
     _it_meets_a_step(config)
     if (
         hicra.mask == "entropy"

@@ -5,7 +5,8 @@
     # text: `#` begins a comment
     let me check whether
 
-    # YAML: as tools/mine_strategic_grams.py writes it; only `grams` is needed, and of each `gram`
+    # YAML: as tools/mine_strategic_grams.py writes it; only `grams` is needed, and of each `gram`.
+    # `cluster`, a number or a name, says which grams mean the same
     source: what the grams were mined from, and under which licence
     grams:
       - gram: let me check whether
@@ -23,24 +24,34 @@ import yaml
 from megatron_bupo.errors import InputError
 
 YAML = (".yaml", ".yml")
+Cluster = int | str
 _WAY_OUT = "write one a line, e.g. let me check whether, or as YAML: grams: [{gram: ...}]"
 
 
 def read_grams(path: Path) -> list[str]:
     """The grams in the file, at least one."""
+    return [gram for gram, _ in _read(path)]
+
+
+def read_clusters(path: Path) -> dict[str, Cluster]:
+    """The cluster of each gram in the file that has one."""
+    return {gram: cluster for gram, cluster in _read(path) if cluster is not None}
+
+
+def _read(path: Path) -> list[tuple[str, Cluster | None]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
         raise InputError(str(path), reason, "give a file of strategic grams") from None
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
-    grams = _from_yaml(path, text) if path.suffix in YAML else [line for line in lines if line]
-    if not grams:
+    rows = _rows_of(path, text) if path.suffix in YAML else [line for line in lines if line]
+    if not rows:
         raise InputError(str(path), "holds no grams", _WAY_OUT)
-    return grams
+    return [_gram(f"{path}: gram {place}", row) for place, row in enumerate(rows, start=1)]
 
 
-def _from_yaml(path: Path, text: str) -> list[str]:
+def _rows_of(path: Path, text: str) -> list[Any]:
     try:
         content: Any = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
@@ -49,11 +60,13 @@ def _from_yaml(path: Path, text: str) -> list[str]:
     rows = content.get("grams") if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise InputError(str(path), "has no list of grams", _WAY_OUT)
-    return [_gram(f"{path}: gram {place}", row) for place, row in enumerate(rows, start=1)]
+    return rows
 
 
-def _gram(where: str, row: Any) -> str:
-    gram = row.get("gram") if isinstance(row, dict) else row
+def _gram(where: str, row: Any) -> tuple[str, Cluster | None]:
+    gram, cluster = (row.get("gram"), row.get("cluster")) if isinstance(row, dict) else (row, None)
     if not isinstance(gram, str) or not gram.strip():
         raise InputError(where, f"{gram!r} is not text", "quote or delete it")
-    return gram
+    if not isinstance(cluster, Cluster | None):
+        raise InputError(where, f"cluster {cluster!r} is no number or name", "correct or delete it")
+    return gram, cluster

@@ -25,6 +25,7 @@ ACTIVITIES = {  # name in time/..._s: what the display says
     "old_logprobs": "old log-probs",
     "ref_logprobs": "reference log-probs",
     "compare": "comparing trainer and sampler",
+    "planning": "finding planning tokens",
     "update": "updating",
     "sync": "syncing weights",
     "dump": "writing rollouts",

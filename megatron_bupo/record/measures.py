@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from megatron_bupo.algorithm.bupo import FULL, Policy
+from megatron_bupo.algorithm.hicra import most_uncertain
 from megatron_bupo.algorithm.kl import kl_estimates
+from megatron_bupo.algorithm.planning_measures import (
+    Planning,
+    Use,
+    following_entropy,
+    frequency_entropy,
+    perplexity,
+    share_of,
+)
 from megatron_bupo.record.answer_types import answer_type
 from megatron_bupo.types import Grade, Rollout, RolloutGroup, SyncReport, TokenBatch, UpdateReport
 
@@ -118,6 +127,63 @@ def mismatch_measures(logprobs: Tensor, batch: TokenBatch) -> dict[str, float]:
         "rollout/logprob_gap_max_nats": float(gap.max()),
         "rollout/logprob_gap_k3_nats": float(kl_estimates(sampler, trainer, estimator="k3").mean()),
     }
+
+
+def planning_measures(
+    planning: Planning,
+    response_mask: Tensor,
+    logprobs: Tensor,
+    entropies: Tensor | None,
+    *,
+    clusters: Mapping[str, Hashable],
+    fork_share: float,
+) -> dict[str, float]:
+    """What is worth knowing of the tokens that plan and of the others, that execute.
+
+    `logprobs` and `entropies` (None: not known): of the full policy, all `[responses, tokens]`,
+    nats. Forks are the `fork_share` of the tokens whose entropies are highest. What there is no
+    token or gram of is left out.
+    """
+    if not response_mask.any():
+        return {}
+    known: dict[str, float] = {
+        "hicra/planning_tokens_fraction": share_of(planning.tokens, response_mask),
+        "hicra/planning_responses_fraction": float(planning.tokens.any(1).float().mean()),
+        **_gram_measures(planning.uses, clusters),
+    }
+    kinds = {"planning": planning.tokens, "execution": response_mask & ~planning.tokens}
+    for kind, tokens in kinds.items():
+        if tokens.any():
+            known[f"hicra/{kind}_perplexity"] = perplexity(logprobs, tokens)
+            if entropies is not None:
+                known[f"hicra/{kind}_entropy_nats"] = float(entropies[tokens].double().mean())
+    if entropies is not None:
+        forks = most_uncertain(entropies, response_mask, share=fork_share)
+        if planning.tokens.any():
+            among = share_of(forks, planning.tokens)
+            known["hicra/forks_among_planning_fraction"] = among
+        if forks.any():
+            among = share_of(planning.tokens, forks)
+            known["hicra/planning_among_forks_fraction"] = among
+    return known
+
+
+def _gram_measures(uses: Sequence[Use], clusters: Mapping[str, Hashable]) -> dict[str, float]:
+    """How the grams that were found are spread. A gram without a cluster is one of its own."""
+    grams = [use.gram for use in uses]
+    known: dict[str, float] = {
+        "hicra/grams_found_count": len(grams),
+        "hicra/grams_distinct_count": len(set(grams)),
+    }
+    followed = [use for use in uses if use.next_word is not None]
+    if grams:
+        known["hicra/semantic_entropy_nats"] = frequency_entropy(grams)
+        if clusters:
+            meant = [clusters.get(gram, (gram,)) for gram in grams]
+            known["hicra/semantic_cluster_entropy_nats"] = frequency_entropy(meant)
+    if followed:
+        known["hicra/following_entropy_nats"] = following_entropy(followed)
+    return known
 
 
 def sync_measures(sync: SyncReport) -> dict[str, float]:
