@@ -20,6 +20,7 @@ from megatron_bupo.algorithm.bupo import PhaseSchedule, depth_of
 from megatron_bupo.checkpoints import newest_checkpoint, read_run
 from megatron_bupo.config import expand, flatten
 from megatron_bupo.config.checks import check, check_against_model
+from megatron_bupo.config.critic_rules import refuse_critic_of_unknown
 from megatron_bupo.config.layout import Layout
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
@@ -96,9 +97,11 @@ def check_model(config: Config, *, training: bool = True) -> DecoderSizes:
     architecture = _read_architecture(config)
     check_against_model(config, architecture, training=training)
     index = read_index(model_dir)
-    if isinstance(architecture, Architecture):  # else the bridge checks, as it pairs the names
+    if isinstance(architecture, Architecture):
         check_tensors(architecture, index)
         check_tied(architecture, index)
+    elif training:  # the bridge checks the tensors, as it pairs the names
+        refuse_critic_of_unknown(config, architecture.family)
     if training:
         check_vocabulary(config, architecture)
     return architecture

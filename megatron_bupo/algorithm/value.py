@@ -9,8 +9,8 @@ the next value surpass it, the further ahead the less::
     return  = A_t + V_t                         what the critic learns
 
 lambda 1 takes the rewards as they came, less V_t: no bias, all their noise (Eq 18); lambda 0 trusts
-the critic from the next token on (Eq 17). After a response's last token there is nothing to earn, so
-V is 0 there; of a response that was cut too, for it is graded as it is.
+the critic from the next token on (Eq 17). After a response's last token nothing is earned, and V is
+0; of a response that was cut too, for it is graded as it is.
 
 The critic's loss keeps it near its own values from before the step's first update, as PPO's authors
 do in their code, and takes the worse of both::
@@ -65,7 +65,7 @@ def value_loss(
     loss = (values - returns).square()
     clipped = torch.zeros_like(loss, dtype=torch.bool)
     if clip_range is not None:
-        near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+        near = values.clamp(old_values - clip_range, old_values + clip_range)  # else V, to the bit
         bounded = (near - returns).square()
         clipped = bounded > loss
         loss = torch.maximum(loss, bounded)

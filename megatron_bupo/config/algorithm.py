@@ -32,8 +32,9 @@ class AlgorithmConfig:
     kl_in: str = "loss"  # loss | reward
     entropy_coefficient: float = 0.0  # of the entropy of the policy that trains, a bonus; 0: none
     mask_truncated: bool = False  # responses that were cut, for whatever reason, do not learn
-    # Truncated importance sampling in the full-policy phase: a token weighs at most tis_cap, else
-    # old policy / sampler. auto: where rollout.max_staleness > 0 | tis: always | none
+    # Truncated importance sampling: a token weighs at most tis_cap, else old policy / sampler. tis:
+    # in every step, so without an internal phase | tis_full: in full-policy steps | auto: the same,
+    # where rollout.max_staleness > 0 | none
     rollout_correction: str = "auto"
     tis_cap: float = 2.0
 

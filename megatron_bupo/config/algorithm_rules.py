@@ -17,6 +17,7 @@ _KL_DOUBTS = {
     ("k2", "reward"): "drives the policy away from the reference",
     ("k3", "reward"): "drives the policy away from the reference",
 }
+_BY_STEP = ("reinforce_plus_plus", "gae")  # not by group: one response to a prompt will do
 _WHITENED = ("reinforce_plus_plus", "reinforce_plus_plus_baseline")
 _UNREAD = {"cispo": ("dual_clip",), "unclipped": ("clip_low", "clip_high", "dual_clip")}
 _LARGE_FOR_A_MEAN = 0.05  # a hundred times GSPO's own
@@ -41,14 +42,14 @@ def _responses_can_be_compared(config: Config) -> None:
     where = f"rollout.responses_per_prompt={rollout.responses_per_prompt}"
     if rollout.responses_per_prompt >= 2:
         return
-    if advantage != "reinforce_plus_plus":
+    if advantage not in _BY_STEP:
         raise InputError(
             where,
             f"{advantage} compares the responses to one prompt with each other",
             "choose at least 2, or algorithm.advantage=reinforce_plus_plus, which compares those "
             "of a step",
         )
-    if rollout.prompts_per_step < 2:
+    if advantage != "gae" and rollout.prompts_per_step < 2:
         raise InputError(
             f"{where}, rollout.prompts_per_step={rollout.prompts_per_step}",
             f"{advantage} compares the responses of a step with each other",
@@ -94,11 +95,12 @@ def _groups_can_lack_a_signal(config: Config) -> None:
     if not rounds:
         return
     where = f"rollout.dynamic_sampling_rounds={rounds}"
-    if advantage == "reinforce_plus_plus":
+    if advantage in _BY_STEP:
+        others = "all of a step" if advantage != "gae" else "what the critic expected"
         raise InputError(
             f"{where} with algorithm.advantage={advantage}",
-            "responses are compared with all of a step, so a group whose rewards are all equal has "
-            "a signal too",
+            f"responses are compared with {others}, so a group whose rewards are all equal has a "
+            "signal too",
             "set rollout.dynamic_sampling_rounds=0, or "
             "algorithm.advantage=reinforce_plus_plus_baseline",
         )

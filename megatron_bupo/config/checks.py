@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from megatron_bupo.config import algorithm_rules, rollout_rules, server_rules
 from megatron_bupo.config.algorithm_rules import check_algorithm
+from megatron_bupo.config.critic_rules import check_critic
 from megatron_bupo.config.data_rules import check_data
 from megatron_bupo.config.debug_rules import check_debug
 from megatron_bupo.config.evaluation_rules import check_evaluation
@@ -47,7 +48,7 @@ CHOICES = {
     "data.bad_rows": ("refuse", "skip"),
     "sync.mode": ("broadcast", "http", "disk", "ipc"),
     "sync.pause": ("retract", "in_place", "abort"),
-    "algorithm.rollout_correction": ("auto", "tis", "none"),
+    "algorithm.rollout_correction": ("auto", "tis", "tis_full", "none"),
     "algorithm.advantage": (
         "grpo",
         "dr_grpo",
@@ -136,6 +137,7 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     if training:
         _responses_are_drawn(config)
         check_algorithm(config)
+        check_critic(config)
         check_rollout(config)
         check_internal_layout(config, layout.world)
         _minibatches_divide(config)

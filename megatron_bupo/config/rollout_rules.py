@@ -21,12 +21,13 @@ def check_rollout(config: Config) -> None:
     _the_engine_can_do_it(config)
     _nothing_is_generated_ahead_without_need(config)
     _the_internal_phase_is_on_policy(config)
+    _importance_weights_are_defined(config)
     _there_is_a_full_policy_to_compare(config)
 
 
 def doubts(config: Config) -> list[str]:
     """What to tell the person who starts the run; warnings with the way out."""
-    rollout, told = config.rollout, []
+    rollout, phases, told = config.rollout, config.bupo.phases(), []
     if rollout.max_staleness and not config.corrects_rollouts:
         told.append(
             f"warning: rollout.max_staleness={rollout.max_staleness} with "
@@ -40,7 +41,7 @@ def doubts(config: Config) -> list[str]:
             "the whole distribution, and truncated importance sampling does not account for that; "
             "set rollout.top_p=1"
         )
-    if config.corrects_rollouts and config.bupo.phases():
+    if config.corrects_rollouts and config.algorithm.rollout_correction == "auto" and phases:
         told.append(
             "note: truncated importance sampling weighs the tokens of full-policy steps alone; in "
             "an internal phase sampler and learner are two policies, and no such weight is defined"
@@ -67,8 +68,8 @@ def _nothing_is_generated_ahead_without_need(config: Config) -> None:
             f"rollout.max_staleness={config.rollout.max_staleness}, "
             f"debug.replay={config.debug.replay}",
             "responses from files need not be generated ahead",
-            "leave rollout.max_staleness out; algorithm.rollout_correction=tis weighs their tokens "
-            "as then",
+            "leave rollout.max_staleness out; algorithm.rollout_correction=tis_full weighs their "
+            "tokens as then",
         )
 
 
@@ -81,6 +82,17 @@ def _the_internal_phase_is_on_policy(config: Config) -> None:
             "weight is defined for stale responses",
             "set rollout.overlap_phases=full to generate ahead in the full-policy phase only, or "
             "rollout.max_staleness=0",
+        )
+
+
+def _importance_weights_are_defined(config: Config) -> None:
+    if config.algorithm.rollout_correction == "tis" and config.bupo.phases():
+        raise InputError(
+            "algorithm.rollout_correction=tis with an internal phase",
+            "there the sampler's and the learner's log-probs are of two policies, so no importance "
+            "weight is defined",
+            "set algorithm.rollout_correction=tis_full to weigh the tokens of full-policy steps "
+            "alone, or auto, which does that where rollout.max_staleness > 0",
         )
 
 

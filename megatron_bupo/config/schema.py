@@ -8,7 +8,7 @@ No torch here: a config is read, checked and printed before anything heavy is im
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_bupo.config.algorithm import AlgorithmConfig
@@ -229,7 +229,30 @@ class Config:
     sglang: dict[str, Any] = field(default_factory=dict)  # native server options
 
     @property
+    def has_critic(self) -> bool:
+        """Does a critic say what responses will earn?"""
+        return self.algorithm.advantage == "gae"
+
+    @property
+    def resting_steps(self) -> int:
+        """Steps at the start in which the policy does not learn yet, but the critic."""
+        return self.critic.warmup_steps if self.has_critic else 0
+
+    @property
+    def of_critic(self) -> Config:
+        """The critic's settings, as if it were a model that trains by itself."""
+        critic, minibatches = self.critic, self.critic.minibatches or self.algorithm.minibatches
+        return replace(
+            self,
+            model=replace(self.model, path=critic.path or self.model.path),
+            algorithm=replace(self.algorithm, minibatches=minibatches),
+            optimizer=critic.optimizer,
+            bupo=BupoConfig(),
+            critic=CriticConfig(clip_range=critic.clip_range),
+        )
+
+    @property
     def corrects_rollouts(self) -> bool:
         """Does truncated importance sampling weigh the tokens of full-policy steps?"""
         mode, stale = self.algorithm.rollout_correction, self.rollout.max_staleness > 0
-        return mode == "tis" or (mode == "auto" and stale)
+        return mode in {"tis", "tis_full"} or (mode == "auto" and stale)

@@ -129,7 +129,7 @@ def test_value_loss_equals_a_loop_over_tokens(clip_range: float | None):
                 plain, slope, count = (near - earned) ** 2, 0.0, count + 1
         total += weight * plain / 2
         slopes.append(slope)
-    assert float(loss) == pytest.approx(total)
+    assert loss.item() == pytest.approx(total)
     assert values.grad is not None
     assert values.grad.tolist() == pytest.approx(slopes, abs=1e-6)
     assert int(clipped) == count

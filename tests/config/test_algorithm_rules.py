@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -19,9 +20,17 @@ def config_with(*overrides: str) -> Config:
     ("advantage", "loss"),
     list(itertools.product(CHOICES["algorithm.advantage"], CHOICES["algorithm.loss"])),
 )
-def test_every_advantage_composes_with_every_loss_and_phase(advantage: str, loss: str):
+def test_every_advantage_composes_with_every_loss_aggregation_and_phase(advantage: str, loss: str):
     words = [f"algorithm.advantage={advantage}", f"algorithm.loss={loss}"]
-    check(config_with(*words, "bupo.target_layer=2", "bupo.internal_steps=3"), None)
+    plain = config_with(*words, "bupo.target_layer=2", "bupo.internal_steps=3")
+    for aggregation in CHOICES["algorithm.loss_aggregation"]:
+        algorithm = replace(plain.algorithm, loss_aggregation=aggregation)
+        config = replace(plain, algorithm=algorithm)
+        if advantage == "dr_grpo" and aggregation in {"token_mean", "sequence_mean"}:
+            with pytest.raises(InputError, match=r"Dr\. GRPO divides neither"):
+                check(config, None)
+        else:
+            check(config, None)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +101,13 @@ def test_auto_is_the_aggregation_of_the_method(words: str, aggregation: str):
             "rollout.dynamic_sampling_rounds=2 with algorithm.advantage=reinforce_plus_plus: ",
         ),
         (
+            "rollout.dynamic_sampling_rounds=2 algorithm.advantage=gae",
+            (
+                "rollout.dynamic_sampling_rounds=2 with algorithm.advantage=gae: responses are "
+                "compared with what the critic expected, so a group whose rewards are all equal "
+            ),
+        ),
+        (
             "rollout.dynamic_sampling_rounds=2 debug.replay=/run",
             (
                 "rollout.dynamic_sampling_rounds=2, debug.replay=/run: nothing further can be "
@@ -115,8 +131,9 @@ def test_what_contradicts_itself_is_refused_with_a_way_out(words: str, message: 
     assert str(error.value).startswith(message)
 
 
-def test_reinforce_plus_plus_needs_no_groups():
-    words = ["algorithm.advantage=reinforce_plus_plus", "rollout.responses_per_prompt=1"]
+@pytest.mark.parametrize("advantage", ["reinforce_plus_plus", "gae"])
+def test_what_is_not_compared_within_a_group_needs_none(advantage: str):
+    words = [f"algorithm.advantage={advantage}", "rollout.responses_per_prompt=1"]
     check(config_with(*words), None)
 
 

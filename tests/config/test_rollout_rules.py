@@ -34,7 +34,16 @@ INTERNAL = ("bupo.target_layer=6", "bupo.internal_steps=30")
             (
                 "rollout.max_staleness=1, debug.replay=runs/a: responses from files need not be "
                 "generated ahead; leave rollout.max_staleness out; "
-                "algorithm.rollout_correction=tis weighs their tokens as then"
+                "algorithm.rollout_correction=tis_full weighs their tokens as then"
+            ),
+        ),
+        (
+            ["algorithm.rollout_correction=tis", *INTERNAL],
+            (
+                "algorithm.rollout_correction=tis with an internal phase: there the sampler's and "
+                "the learner's log-probs are of two policies, so no importance weight is defined; "
+                "set algorithm.rollout_correction=tis_full to weigh the tokens of full-policy "
+                "steps alone, or auto, which does that where rollout.max_staleness > 0"
             ),
         ),
         (
@@ -69,7 +78,8 @@ def test_rollouts_that_cannot_be_made_or_learned_from_are_refused_with_a_way_out
         ("rollout.engine=sglang", "rollout.step_budget_s=60", "rollout.step_budget_tokens=1000"),
         (*INTERNAL, "debug.mismatch_every=5"),
         ("bupo.internal_layout.dp=1", "debug.mismatch_every=5"),
-        ("algorithm.rollout_correction=tis", *INTERNAL),
+        ("algorithm.rollout_correction=tis", "bupo.target_layer=6"),
+        ("algorithm.rollout_correction=tis_full", *INTERNAL),
     ],
 )
 def test_what_is_defined_is_allowed(overrides: tuple[str, ...]):
@@ -86,7 +96,11 @@ def test_what_is_defined_is_allowed(overrides: tuple[str, ...]):
         ((*AHEAD, "algorithm.rollout_correction=none"), ["as if they were of the present ones"]),
         ((*AHEAD, "rollout.top_p=0.8"), ["1/top_p=1.25 times as often"]),
         (("algorithm.rollout_correction=tis", "rollout.top_p=0.8"), ["1/top_p=1.25"]),
-        (("algorithm.rollout_correction=tis", *INTERNAL), ["note: truncated importance sampling"]),
+        (("algorithm.rollout_correction=tis_full", *INTERNAL), []),
+        (
+            (*AHEAD, *INTERNAL, "rollout.overlap_phases=full"),
+            ["note: truncated importance sampling weighs the tokens of full-policy steps alone"],
+        ),
     ],
 )
 def test_what_runs_but_is_not_what_it_seems_is_told(overrides: tuple[str, ...], told: list[str]):
