@@ -1,0 +1,136 @@
+"""A comparison in pictures: learning curves, entropies, and differences with their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tools.comparison_tables import Accuracy, Comparison, Curves
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+REFERENCE = "#4a5560"
+COLOURS = ["#0b6e4f", "#c8553d", "#1f4e9c", "#b8860b", "#8a5a9e", "#2a9d8f"]
+PLAIN, BEYOND = "#8b95a1", "#c8553d"
+COLUMNS = 3
+
+
+def draw(
+    out: Path, comparison: Comparison, curves: Curves, panels: Mapping[str, Sequence[str]]
+) -> list[Path]:
+    """The PNGs."""
+    shown = {title: [name for name in names if name in curves] for title, names in panels.items()}
+    reference = comparison.rows[0].method.name
+    shown = {title: names for title, names in shown.items() if set(names) - {reference}}
+    drawn = [out / "differences.png"]
+    _save(_differences(comparison), drawn[0])
+    series: dict[str, tuple[str, Callable[..., Any]]] = {
+        "learning_curves": ("held-out accuracy", lambda c: (c.steps, c.accuracy)),
+        "entropies": (
+            "entropy of the full policy, nats",
+            lambda c: (range(len(c.entropy)), c.entropy),
+        ),
+    }
+    for name, (label, of) in series.items() if shown else ():
+        drawn.append(out / f"{name}.png")
+        _save(_panels(curves, shown, reference, label, of), drawn[-1])
+    return drawn
+
+
+def _save(figure: Figure, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    figure.savefig(path)
+
+
+def _panels(
+    curves: Curves,
+    panels: Mapping[str, Sequence[str]],
+    reference: str,
+    label: str,
+    of: Callable[..., tuple[Sequence[float], Sequence[float]]],
+) -> Figure:
+    """Means over seeds with a band of one standard deviation, the reference in every panel."""
+    from matplotlib.figure import Figure
+
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.3 * columns, 3.3 * rows), layout="constrained", dpi=130)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    colour_of = {reference: REFERENCE}
+    for axes, (title, names) in zip(grid, panels.items(), strict=False):
+        free = [c for c in COLOURS if c not in {colour_of.get(name) for name in names}]
+        for name in [reference, *(name for name in names if name != reference)]:
+            if name not in colour_of:
+                colour_of[name] = free.pop(0) if free else COLOURS[0]
+            _band(axes, [of(c) for c in curves[name].values()], colour_of[name], name)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.legend(frameon=False, fontsize=8, loc="best")
+        _plain(axes)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    for place, axes in enumerate(grid):
+        if place % columns == 0:
+            axes.set_ylabel(label)
+        if place + columns >= len(panels):
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel("steps trained")
+    return figure
+
+
+def _band(
+    axes: Axes, runs: Sequence[tuple[Sequence[float], Sequence[float]]], colour: str, name: str
+) -> None:
+    at, values = runs[0][0], np.array([values for _, values in runs])
+    mean = values.mean(0)
+    axes.plot(at, mean, color=colour, linewidth=1.8, label=name)
+    if len(runs) > 1:
+        sd = values.std(0, ddof=1)
+        axes.fill_between(at, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
+
+
+def _differences(comparison: Comparison) -> Figure:
+    """A row for each method: its difference to the reference at equal steps and at equal tokens."""
+    from matplotlib.figure import Figure
+
+    rows = comparison.rows[1:]
+    figure = Figure(figsize=(9.5, 1.6 + 0.27 * len(rows)), layout="constrained", dpi=130)
+    left, right = figure.subplots(1, 2, sharey=True, sharex=True)
+    titles = (f"after {comparison.steps} steps", f"after {comparison.budget:,.0f} response tokens")
+    for axes, title, accuracies in (
+        (left, titles[0], [row.at_steps for row in rows]),
+        (right, titles[1], [row.at_tokens for row in rows]),
+    ):
+        _forest(axes, accuracies)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel(f"held-out accuracy \u2212 that of {comparison.rows[0].method.name}")
+    left.set_yticks(range(len(rows)), [row.method.name for row in rows], fontsize=9)
+    left.set_ylim(len(rows) - 0.4, -0.6)
+    return figure
+
+
+def _forest(axes: Axes, accuracies: Sequence[Accuracy]) -> None:
+    axes.axvline(0, color=REFERENCE, linewidth=1, linestyle=(0, (4, 3)))
+    for place, accuracy in enumerate(accuracies):
+        difference = accuracy.to_reference
+        if difference is None:
+            continue
+        colour = BEYOND if difference.stars else PLAIN
+        half = 0.0 if math.isnan(difference.half) else difference.half
+        axes.errorbar(
+            difference.mean, place, xerr=half, fmt="o", color=colour, markersize=5, capsize=2
+        )
+    _plain(axes, grid="x")
+
+
+def _plain(axes: Axes, *, grid: Any = "y") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color="#e6e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
