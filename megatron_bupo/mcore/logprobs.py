@@ -63,20 +63,27 @@ def _slabs(weight: Tensor, rows: int) -> Iterator[slice]:
     return (slice(start, start + width) for start in range(0, vocab, width))
 
 
+def write_logits(
+    out: Tensor, hidden: Tensor, weight: Tensor, *, shard: VocabShard, scale: float = 1.0
+) -> None:
+    """Of `hidden [rows, hidden]`, times `scale`, in fp32 into `out [rows, vocab shard]`."""
+    slabs = [slice(None)] if _needs_no_copy(weight) else _slabs(weight, len(hidden))
+    for slab in slabs:
+        _add_product(out[:, slab], hidden, weight[slab].t(), beta=0, alpha=scale)
+    if shard.valid < len(weight):
+        out[:, shard.valid :] = _NEVER
+
+
 def _chunks(
     hidden: Tensor, weight: Tensor, shard: VocabShard, temperature: float, chunk: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Each chunk's rows and their logits, fp32 `[chunk, vocab shard]`, which the next overwrite."""
     total, chunk = len(hidden), max(1, min(chunk, len(hidden)))
-    slabs = [slice(None)] if _needs_no_copy(weight) else list(_slabs(weight, chunk))
     buffer = torch.empty(chunk, len(weight), dtype=torch.float32, device=hidden.device)
     for start in range(0, max(total, 1), chunk):  # a chunk of no rows where there are none
         rows = slice(start, min(start + chunk, total))
-        h, logits = hidden[rows], buffer[: rows.stop - start]
-        for slab in slabs:
-            _add_product(logits[:, slab], h, weight[slab].t(), beta=0, alpha=1 / temperature)
-        if shard.valid < len(weight):
-            logits[:, shard.valid :] = _NEVER
+        logits = buffer[: rows.stop - start]
+        write_logits(logits, hidden[rows], weight, shard=shard, scale=1 / temperature)
         yield rows, logits
 
 

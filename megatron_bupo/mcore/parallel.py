@@ -130,3 +130,11 @@ def sum_over_tokens(tensor: torch.Tensor) -> torch.Tensor:
     if group.size() > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def sum_over_stages(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` summed over the pipeline stages, in place."""
+    group = pipeline_group()
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor

@@ -1,0 +1,142 @@
+"""What do several vectors of a token say through one unembedding, and how far from the full policy?
+
+Logits of all vectors of a few tokens lie in one buffer, which each layer overwrites. Of every
+p = softmax(E x) the entropy is asked, of some also how far they are from the full policy pi::
+
+    H(p)       = log Z - sum_v p_v z_v                z = E x, Z = sum_v exp(z_v)
+    KL(p||pi)  = -H(p) - sum_v p_v log pi_v
+    KL(pi||p)  = -H(pi) - sum_v pi_v log p_v
+    agreement  = is the logit of pi's most probable token the largest?
+
+Each tensor-parallel rank sums over its part of the vocabulary, relative to its own largest logit;
+for all read-outs of a piece of tokens together the parts are put together by two small all-reduces.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bupo.mcore.logprobs import VocabShard, write_logits
+
+
+class FullPolicy(NamedTuple):
+    """softmax(E norm(h_L)) at some tokens; nats."""
+
+    entropy: Tensor  # [tokens]
+    target_logprob: Tensor  # [tokens]
+    # of this rank's part of the vocabulary
+    logprobs: Tensor  # [tokens, vocab shard]
+    probs: Tensor  # [tokens, vocab shard]
+    best: Tensor  # [tokens, 1], the most probable token's place, where it is here
+    has_best: Tensor  # [tokens], is it here?
+
+
+class ReadOuts:
+    """Buffers for the read-outs of up to `vectors` vectors of each token, `rows` rows of logits at
+    a time, through `weight` `[vocab shard, hidden]`.
+    """
+
+    def __init__(self, weight: Tensor, shard: VocabShard, *, vectors: int, rows: int) -> None:
+        self.weight, self.shard = weight, shard
+        self.tokens = max(1, rows // vectors)  # that fit at a time
+        self._logits = self._buffer(vectors * self.tokens)
+        self._logprobs, self._probs, self._exp = (self._buffer(self.tokens) for _ in range(3))
+
+    def _buffer(self, rows: int) -> Tensor:
+        shape = (rows, len(self.weight))
+        return torch.empty(shape, dtype=torch.float32, device=self.weight.device)
+
+    def full(self, final: Tensor, targets: Tensor) -> FullPolicy:
+        """The full policy from `norm(h_L)` `[tokens, hidden]`, with the log-probs of `targets`.
+        Valid until the next one is asked for. Collective over the vocabulary.
+        """
+        tokens, shard = len(final), self.shard
+        z, probs = self._logprobs[:tokens], self._probs[:tokens]
+        write_logits(z, final.to(self.weight.dtype), self.weight, shard=shard)
+        own, best = z.max(dim=1, keepdim=True)
+        at = (targets.unsqueeze(1) - shard.first).clamp(0, max(shard.valid - 1, 0))
+        mine = at + shard.first == targets.unsqueeze(1)
+        top = self._over_ranks(own.clone(), dist.ReduceOp.MAX)
+        target = z.gather(1, at).sub_(top).mul_(mine)
+        z.sub_(top)
+        torch.exp(z, out=probs)
+        sums = torch.stack((probs.sum(1), torch.linalg.vecdot(probs, z), target.squeeze(1)))
+        weights, expected, target = self._over_ranks(sums, dist.ReduceOp.SUM)
+        log_weights = weights.log()
+        z.sub_(log_weights.unsqueeze(1))
+        probs.div_(weights.unsqueeze(1))
+        # Equal logits on two ranks: the lower id is the most probable
+        first = torch.where(own == top, best + shard.first, torch.iinfo(torch.long).max)
+        is_best = self._over_ranks(first.clone(), dist.ReduceOp.MIN) == first
+        return FullPolicy(
+            entropy=log_weights - expected / weights,
+            target_logprob=target - log_weights,
+            logprobs=z,
+            probs=probs,
+            best=best,
+            has_best=(is_best & (own == top)).squeeze(1),
+        )
+
+    def read(self, vectors: Tensor, full: FullPolicy | None = None, *, compared: int = 0) -> Tensor:
+        """This rank's part of what `vectors` `[vectors, tokens, hidden]` say, for `whole`:
+        `[vectors, 6, tokens]`. The first `compared` are compared with `full`.
+        """
+        count, tokens, _ = vectors.shape
+        rows = vectors.to(self.weight.dtype).flatten(0, 1)
+        logits = self._logits[: count * tokens]
+        write_logits(logits, rows, self.weight, shard=self.shard)
+        found = torch.zeros(count, 6, tokens, device=vectors.device)
+        for i, z in enumerate(logits.unflatten(0, (count, tokens))):
+            top, weights, expected, log_full, own_log, best = found[i]
+            torch.amax(z, 1, out=top)
+            if full is not None and i < compared:
+                best[:] = z.gather(1, full.best).squeeze(1) * full.has_best
+            z.sub_(top.unsqueeze(1))
+            exp = torch.exp(z, out=self._exp[:tokens])
+            weights[:] = exp.sum(1)
+            expected[:] = torch.linalg.vecdot(exp, z)
+            if full is not None and i < compared:
+                log_full[:] = torch.linalg.vecdot(exp, full.logprobs)
+                own_log[:] = torch.linalg.vecdot(full.probs, z)
+        return found
+
+    def whole(self, found: Tensor, full: FullPolicy) -> Tensor:
+        """Entropy, KL to and from the full policy (nats) and agreement, `[4, vectors, tokens]`,
+        from the parts `found` `[vectors, 6, tokens]` of the ranks; only the entropy counts of what
+        was not compared. Collective over the vocabulary.
+        """
+        own, weights, expected, log_full, own_log, best = found.unbind(1)
+        top = self._over_ranks(own.clone(), dist.ReduceOp.MAX)
+        lower = own - top
+        share = lower.exp()
+        here = full.probs.sum(1)  # of the full policy's mass; 1 on a rank with all the vocabulary
+        sums = torch.stack(
+            (
+                share * weights,
+                share * (expected + lower * weights),
+                share * log_full,
+                own_log + lower * here,
+                best,
+            )
+        )
+        weights, expected, log_full, own_log, best = self._over_ranks(sums, dist.ReduceOp.SUM)
+        entropy = weights.log() - expected / weights
+        return torch.stack(
+            (
+                entropy,
+                -entropy - log_full / weights,
+                weights.log() - own_log - full.entropy,
+                (best == top).float(),
+            )
+        )
+
+    def _over_ranks(self, parts: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+        """`parts` of all that hold a part of the vocabulary, in place."""
+        group = self.shard.group
+        if group is not None and group.size() > 1 and parts.numel():
+            dist.all_reduce(parts, op=how, group=group)
+        return parts
