@@ -118,6 +118,8 @@ class TokenBatch:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None  # fp32, nats; of the same policy with the initial weights
     learns: Tensor | None = None  # bool; None: every response token does
+    values: Tensor | None = None  # fp32; the critic's before its first update
+    returns: Tensor | None = None  # fp32; what the critic learns to foresee
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -149,6 +151,14 @@ class TokenBatch:
     def with_ref_logprobs(self, ref_logprobs: Tensor) -> TokenBatch:
         """The same batch with the reference's log-probs, `[responses, tokens]` nats."""
         return replace(self, ref_logprobs=ref_logprobs)
+
+    def with_values(self, values: Tensor) -> TokenBatch:
+        """The same batch with the critic's values, `[responses, tokens]`."""
+        return replace(self, values=values)
+
+    def with_returns(self, returns: Tensor) -> TokenBatch:
+        """The same batch with what its tokens came to earn, `[responses, tokens]`."""
+        return replace(self, returns=returns.float() * self.learning_mask)
 
     @property
     def learning_mask(self) -> Tensor:

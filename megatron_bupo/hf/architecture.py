@@ -30,6 +30,7 @@ FAMILIES = {
 
 GENERATION_CONFIG = "generation_config.json"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+REWARD_MODEL = "ForSequenceClassification"  # ends the name of one of them with a value head
 MOST_LAYERS = 10_000  # more is a mistake, and would take minutes to find out
 
 
@@ -47,6 +48,7 @@ class DecoderSizes:
     tied: bool  # the unembedding is the embedding
     max_positions: int
     experts: Experts | None = None  # None: one MLP in every layer
+    value_head: bool = False  # a critic: reads h_L out to one number, and has no unembedding
 
     def lowest(self, layers: int) -> Self:
         """The same model with its lowest `layers` alone."""
@@ -77,12 +79,14 @@ class Architecture(DecoderSizes):
     dtype: str  # of the weights on disk, e.g. bfloat16
 
 
-def read_architecture(model_dir: str | Path) -> Architecture:
-    """The architecture of the HF checkpoint directory `model_dir`."""
+def read_architecture(model_dir: str | Path, *, value_head: bool = False) -> Architecture:
+    """The architecture of the HF checkpoint directory `model_dir`; `value_head`: of the critic that
+    begins with it, which may be a reward model too.
+    """
     folder = existing_directory(model_dir)
     path = folder / "config.json"
     found = read_json_object(path)
-    family = _family(path, found)
+    family = _family(path, found, value_head=value_head)
     raw = {**DEFAULTS[family], **found}
     _refuse_what_we_do_not_compute(path, raw)
     heads, hidden_size = size(path, raw, "num_attention_heads"), size(path, raw, "hidden_size")
@@ -99,7 +103,8 @@ def read_architecture(model_dir: str | Path) -> Architecture:
         kv_heads=size(path, raw, "num_key_value_heads"),
         head_dim=size(path, raw, "head_dim"),
         vocab_size=size(path, raw, "vocab_size"),
-        tied=flag(path, raw, "tie_word_embeddings"),
+        tied=flag(path, raw, "tie_word_embeddings") and not value_head,
+        value_head=value_head,
         qkv_bias=family == "qwen2" or attention_bias,
         output_bias=attention_bias,
         mlp_bias=family == "llama" and flag(path, raw, "mlp_bias"),
@@ -153,20 +158,18 @@ def is_known(model_dir: str | Path) -> bool:
     return _known_family(read_json_object(path)) is not None
 
 
-def _known_family(raw: Mapping[str, Any]) -> str | None:
+def _known_family(raw: Mapping[str, Any], *, value_head: bool = False) -> str | None:
     named = raw.get("architectures") or [
         name for name, family in FAMILIES.items() if family == raw.get("model_type")
     ]
-    known = (
-        [n for n in named if isinstance(n, str) and n in FAMILIES]
-        if isinstance(named, list)
-        else []
-    )
-    return FAMILIES[known[0]] if known else None
+    names = [n for n in named if isinstance(n, str)] if isinstance(named, list) else []
+    if value_head:
+        names = [n.replace(REWARD_MODEL, "ForCausalLM") for n in names]
+    return next((FAMILIES[n] for n in names if n in FAMILIES), None)
 
 
-def _family(path: Path, raw: Mapping[str, Any]) -> str:
-    if family := _known_family(raw):
+def _family(path: Path, raw: Mapping[str, Any], *, value_head: bool = False) -> str:
+    if family := _known_family(raw, value_head=value_head):
         if raw.get("model_type", family) != family:  # by which transformers chooses the model
             raise InputError(
                 f"{path}: model_type={raw['model_type']}",

@@ -23,6 +23,7 @@ from megatron_bupo.hf.headers import Shape, StoredTensor, stored_tensors
 SINGLE_FILE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
 UNEMBEDDING = "lm_head.weight"
+VALUE_HEAD = "score.weight"  # a critic's; zero where the checkpoint has none
 FUSED_EXPERTS = "mlp.experts.gate_up_proj"
 TRAINABLE_DTYPES = {"F64", "F32", "F16", "BF16"}
 
@@ -36,13 +37,17 @@ class CheckpointIndex:
 
 
 def expected_tensors(arch: Architecture) -> dict[str, Shape]:
-    """HF name -> shape of every tensor of `arch`, in model order; tied: no `lm_head.weight`."""
+    """HF name -> shape of every tensor of `arch`, in model order; tied: no `lm_head.weight`; a
+    critic: `score.weight` instead.
+    """
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (arch.vocab_size, arch.hidden_size)}
     for layer in range(arch.layers):
         for name, shape in _layer_tensors(arch, layer + 1).items():
             shapes[f"model.layers.{layer}.{name}"] = shape
     shapes["model.norm.weight"] = (arch.hidden_size,)
-    if not arch.tied:
+    if arch.value_head:
+        shapes[VALUE_HEAD] = (1, arch.hidden_size)
+    elif not arch.tied:
         shapes[UNEMBEDDING] = (arch.vocab_size, arch.hidden_size)
     return shapes
 
@@ -171,7 +176,7 @@ def check_tensors(arch: Architecture, index: CheckpointIndex) -> None:
     """The checkpoint holds the tensors that config.json describes, in its shapes, and no others."""
     expected, found = expected_tensors(arch), index.tensors
     folder = index.model_dir
-    if missing := [name for name in expected if name not in found]:
+    if missing := [name for name in expected if name not in found and name != VALUE_HEAD]:
         way_out = "complete the checkpoint, or use the config.json that was saved with it"
         if any(name.endswith(FUSED_EXPERTS) for name in found):
             way_out = (
@@ -192,7 +197,9 @@ def check_tensors(arch: Architecture, index: CheckpointIndex) -> None:
             "use the config.json that was saved with these weights",
         )
     for name, shape in expected.items():
-        stored = found[name]
+        stored = found.get(name)
+        if stored is None:
+            continue
         if stored.shape != shape:
             raise InputError(
                 f"{stored.file}: {name}",
@@ -208,8 +215,11 @@ def check_tensors(arch: Architecture, index: CheckpointIndex) -> None:
 
 
 def is_harmless(name: str, arch: DecoderSizes) -> bool:
-    """Old checkpoints store RoPE's frequencies; some store a tied unembedding a second time."""
-    return name.endswith("rotary_emb.inv_freq") or (arch.tied and name == UNEMBEDDING)
+    """Old checkpoints store RoPE's frequencies; some store a tied unembedding a second time; and a
+    critic may begin with a language model.
+    """
+    unread = arch.tied or arch.value_head
+    return name.endswith("rotary_emb.inv_freq") or (unread and name == UNEMBEDDING)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -5,73 +5,27 @@ Every rank calls every method with equal arguments; results are equal on every r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state as mpu
-from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_bupo import progress
 from megatron_bupo.algorithm.bupo import Policy
-from megatron_bupo.config.schema import Config
-from megatron_bupo.hf.architecture import Architecture, DecoderSizes
-from megatron_bupo.mcore import cpu, model, parallel
-from megatron_bupo.mcore.attention import use_packed_rows
-from megatron_bupo.mcore.depth import attach, returning_hidden_states
-from megatron_bupo.mcore.hf_weights import load
-from megatron_bupo.mcore.logprobs import chunked_logprobs
-from megatron_bupo.mcore.microbatches import Microbatch, cut, deal, input_lengths
-from megatron_bupo.mcore.moe import has_balance_loss, padding_mask
-from megatron_bupo.mcore.packed import Split
-from megatron_bupo.mcore.weight_stream import WeightStream
+from megatron_bupo.mcore import model
+from megatron_bupo.mcore.logprobs import VocabShard, chunked_logprobs
+from megatron_bupo.mcore.microbatches import Microbatch
+from megatron_bupo.mcore.pipeline import PipelinedModel, put_together
 from megatron_bupo.types import TokenBatch
 
 
-def _load_by_our_table(
-    arch: Architecture, config: Config, open_slice: Callable[[str], Any]
-) -> tuple[TransformerConfig, list[GPTModel], WeightStream]:
-    native = model.transformer_config(arch, config)
-    chunks = model.build_chunks(arch, config, native)
-    load(chunks, arch, open_slice)
-    return native, chunks, WeightStream(chunks, arch, native.params_dtype)
+class MegatronActor(PipelinedModel):
+    """A model that is read out by its unembedding."""
 
-
-class MegatronActor:
-    """The model of `arch` with weights from `open_slice(hf_name)`, under the layout of `config`."""
-
-    def __init__(
-        self, arch: DecoderSizes, config: Config, open_slice: Callable[[str], Any]
-    ) -> None:
-        self.arch, self.config = arch, config
-        if isinstance(arch, Architecture):
-            loaded = _load_by_our_table(arch, config, open_slice)
-        else:
-            from megatron_bupo.mcore import bridge  # optional, and seconds to import
-
-            loaded = bridge.load(arch, config)
-        self.native, self.gpt_chunks, self.weights = loaded
-        use_packed_rows(self.gpt_chunks)
-        self.router = attach(self.gpt_chunks)
-        self.balances = has_balance_loss(self.native)
-        self.shard = model.vocab_shard(arch)
-        self.split = Split(
-            cp=mpu.get_context_parallel_world_size(),
-            rank=mpu.get_context_parallel_rank(),
-            multiple=config.parallel.tp if self.native.sequence_parallel else 1,
-        )
-        self.wrapped: list[Any] = self._wrap()
-
-    def _wrap(self) -> list[Any]:
-        """What the pipeline schedule runs: the chunks, with casts at the edges in bfloat16."""
-        if self.native.bf16:
-            return [Float16Module(self.native, chunk) for chunk in self.gpt_chunks]
-        return list(self.gpt_chunks)
+    @property
+    def shard(self) -> VocabShard:
+        """This rank's part of the vocabulary."""
+        return model.vocab_shard(self.arch)
 
     def logprobs(
         self,
@@ -88,7 +42,8 @@ class MegatronActor:
         responses, and entropies without `with_entropy`.
         """
         score = partial(self._score, temperature=temperature, with_entropy=with_entropy)
-        return put_together(batch, self._run(batch, policy, score=score))
+        logprobs, entropies = put_together(batch, self._run(batch, policy, score=score), columns=2)
+        return logprobs, entropies
 
     def _score(
         self,
@@ -107,91 +62,13 @@ class MegatronActor:
         self, microbatch: Microbatch, hidden: Tensor, temperature: float, *, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies `[response tokens]` from the last stage's hidden states."""
-        chunk = model.last_chunk(self.gpt_chunks)
-        assert chunk is not None, "only the last pipeline stage reads out"
         sp = self.native.sequence_parallel
         return chunked_logprobs(
             model.rows_for_unembedding(hidden, microbatch.rows, sequence_parallel=sp),
-            model.unembedding(chunk),
+            model.unembedding(self.last_chunk),
             microbatch.targets,
             shard=self.shard,
             temperature=temperature,
             chunk_tokens=self.config.trainer.logprob_chunk_tokens,
             with_entropy=with_entropy,
         )
-
-    def _run(
-        self,
-        batch: TokenBatch,
-        policy: Policy,
-        *,
-        score: Callable[..., Any] | None = None,
-        learn: Callable[..., Any] | None = None,
-    ) -> list[Any]:
-        """Push this rank's share of `batch` through the pipeline, with backward passes if there is
-        a `learn`.
-
-        Returns what the last stage's `score(microbatch, hidden)` or `learn(microbatch, hidden)`
-        gave for each micro-batch; nothing on other stages.
-        """
-        microbatches = self._microbatches(batch)
-        vpp = self.config.parallel.vpp
-
-        def forward(
-            iterator: Iterator[Microbatch], wrapped: Any
-        ) -> tuple[Tensor, Callable[..., Any]]:
-            progress.beat()
-            microbatch = next(iterator)
-            gpt = self.gpt_chunks[self.wrapped.index(wrapped)]
-            with returning_hidden_states(gpt):
-                packed = microbatch.packed
-                out = wrapped(
-                    microbatch.input_ids,
-                    packed.positions.unsqueeze(0),
-                    None,
-                    packed_seq_params=packed,
-                    padding_mask=padding_mask(gpt, microbatch.padding) if self.balances else None,
-                )
-            return out, partial(learn or score, microbatch)  # type: ignore[arg-type]
-
-        iterators = [iter(microbatches) for _ in self.wrapped]
-        with self.router.computing(policy), torch.set_grad_enabled(learn is not None):
-            return get_forward_backward_func()(
-                forward_step_func=forward,
-                data_iterator=iterators if vpp > 1 else iterators[0],
-                model=self.wrapped if vpp > 1 else self.wrapped[0],
-                num_microbatches=len(microbatches),
-                # Over all context-parallel ranks; read where stages send rows, all of one length.
-                seq_length=microbatches[0].packed.tokens * self.split.cp,
-                micro_batch_size=1,
-                forward_only=learn is None,
-                collect_non_loss_data=learn is None,
-            )
-
-    def _microbatches(self, batch: TokenBatch) -> list[Microbatch]:
-        """This rank's micro-batches; a pipeline gets at least one per stage, to keep all busy."""
-        trainer, stages = self.config.trainer, self.config.parallel.pp
-        dealt = deal(
-            input_lengths(batch),
-            ranks=mpu.get_data_parallel_world_size(),
-            max_tokens=trainer.max_tokens_per_microbatch,
-            max_responses=trainer.microbatch_size,
-            at_least=stages,
-            multiple=stages if self.config.parallel.vpp > 1 else 1,
-        )
-        mine = dealt[mpu.get_data_parallel_rank()]
-        return cut(batch, mine, split=self.split, equal=stages > 1, device=cpu.device())
-
-
-def put_together(
-    batch: TokenBatch, scored: Iterable[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the whole `batch` on every rank, from what each last stage has:
-    where its response tokens stand, and both of them there, `[2, response tokens]`. Collective.
-    """
-    out = torch.zeros(2, batch.input_ids.numel(), device=cpu.device())
-    for at, values in scored:
-        out[:, at] = values
-    out = parallel.from_last_stage(parallel.sum_over_tokens(out)).cpu()
-    logprobs, entropies = out.view(2, *batch.input_ids.shape)
-    return logprobs, entropies

@@ -91,7 +91,14 @@ def is_stacked(row: Row) -> bool:
 EMBEDDING = _row("model.embed_tokens.weight", "embedding.word_embeddings.weight", 0)
 FINAL_NORM = _row("model.norm.weight", "decoder.final_layernorm.weight")
 UNEMBEDDING = _row("lm_head.weight", "output_layer.weight", 0)
+VALUE_HEAD = _row("score.weight", "output_layer.weight")
 VOCABULARY = (EMBEDDING, UNEMBEDDING)
+_OUTSIDE_LAYERS = {
+    "embedding": EMBEDDING,
+    "final_norm": FINAL_NORM,
+    "unembedding": UNEMBEDDING,
+    "value_head": VALUE_HEAD,
+}
 
 
 def layer_rows(arch: Architecture, layer: int, *, ep: int = 1) -> list[Row]:
@@ -147,7 +154,9 @@ class Held:
 
 
 Unit = (
-    str  # "embedding", "layer 1" ..., "final_norm", "unembedding": what is synced or frozen as one
+    # "embedding", "layer 1" ..., "final_norm", "unembedding" or "value_head": what is synced or
+    # frozen as one
+    str
 )
 
 
@@ -159,13 +168,20 @@ def layer_unit(layer: int) -> Unit:
 def units(arch: DecoderSizes) -> list[Unit]:
     """All units of the model, in the order data flows through them."""
     layers = [layer_unit(layer) for layer in range(1, arch.layers + 1)]
-    return ["embedding", *layers, "final_norm", *([] if arch.tied else ["unembedding"])]
+    return ["embedding", *layers, "final_norm", *read_out_units(arch)]
+
+
+def read_out_units(arch: DecoderSizes) -> list[Unit]:
+    """What reads h_L out and is no other unit's."""
+    if arch.value_head:
+        return ["value_head"]
+    return [] if arch.tied else ["unembedding"]
 
 
 def unit_rows(unit: Unit, arch: Architecture, *, ep: int | None = None) -> list[Row]:
     """The rows of `unit` under their full HF names; `ep`: None is what this rank's groups have."""
     if not unit.startswith("layer "):
-        return [{"embedding": EMBEDDING, "final_norm": FINAL_NORM}.get(unit, UNEMBEDDING)]
+        return [_OUTSIDE_LAYERS[unit]]
     layer = int(unit.split()[1])
     prefix = f"model.layers.{layer - 1}."
     rows = layer_rows(arch, layer, ep=ep or mpu.get_expert_model_parallel_world_size())
@@ -200,9 +216,8 @@ def held_units(chunks: Sequence[Any], arch: Architecture) -> dict[Unit, list[Hel
             found[unit] = hold(unit, f"decoder.layers.{i}.")
         if chunk.post_process:
             found["final_norm"] = hold("final_norm")
-            if not arch.tied:
-                found["unembedding"] = hold("unembedding")
-            elif not chunk.pre_process:
+            found |= {unit: hold(unit) for unit in read_out_units(arch)}
+            if arch.tied and not chunk.pre_process:
                 copy = parameters[UNEMBEDDING.megatron[0]]
                 found["tied unembedding"] = [Held(EMBEDDING, copy)]
     return found
@@ -226,9 +241,9 @@ def read_piece(tensor: Any, row: Row, arch: Architecture, tp: int, rank: int) ->
     """This rank's piece of the HF tensor behind the lazy slice `tensor`; nothing else is read."""
     if row in VOCABULARY:
         return _vocabulary_part(tensor, arch, tp, rank)
-    shape = tensor.get_shape()
     if row.cut is None:
         return tensor[:]
+    shape = tensor.get_shape()
     part = _rank_part(shape[row.cut], tp, rank)
     return tensor[part] if row.cut == 0 else tensor[:, part]
 

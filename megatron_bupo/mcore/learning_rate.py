@@ -1,6 +1,7 @@
 """The learning rate as a pure function of the step: there is nothing of it to store.
 
-Linear warm-up at the start, then constant, linear or cosine decay to the last step. With
+Linear warm-up at the start, then constant, linear or cosine decay to the last step; both begin with
+the first step that trains the model (`critic.warmup_steps` may come before). With
 `bupo.optimizer_at_switch=warmup` each later phase begins with a linear warm-up of its own, of
 `bupo.switch_warmup_steps` steps, for all that it trains.
 """
@@ -14,8 +15,9 @@ from megatron_bupo.config.schema import Config, OptimizerConfig
 
 def learning_rate(step: int, config: Config, *, phase_start: int = 0) -> float:
     """The learning rate of `step` (from 0), whose phase began with step `phase_start`."""
-    lr = _scheduled(step, config.steps, config.optimizer)
-    if config.bupo.optimizer_at_switch == "warmup" and phase_start > 0:
+    rested = config.resting_steps
+    lr = _scheduled(step - rested, config.steps - rested, config.optimizer)
+    if config.bupo.optimizer_at_switch == "warmup" and phase_start > rested:
         lr *= min(1.0, (step - phase_start + 1) / config.bupo.switch_warmup_steps)
     return lr
 

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_bupo.config.schema import Config
 from megatron_bupo.hf.architecture import Architecture, DecoderSizes
@@ -126,24 +126,46 @@ def build_chunks(arch: Architecture, config: Config, native: TransformerConfig) 
     chunks = []
     for virtual in range(parallel.vpp):
         stage = virtual if parallel.vpp > 1 else None
+        first = mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)
+        last = mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
         chunk = GPTModel(
             config=native,
             transformer_layer_spec=block_spec(  # type: ignore[arg-type]
                 native, qk_norm=arch.qk_norm, vp_stage=stage, pp_rank=pp_rank
             ),
-            vocab_size=padded_vocab_size(arch, parallel.tp),
+            # The unembedding that a value head stands in for is a row, or the embedding
+            vocab_size=padded_vocab_size(arch, parallel.tp)
+            if first or not arch.value_head
+            else parallel.tp,
             max_sequence_length=arch.max_positions,
-            pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-            post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            pre_process=first,
+            post_process=last,
             parallel_output=True,
-            share_embeddings_and_output_weights=arch.tied,
+            share_embeddings_and_output_weights=arch.tied or (arch.value_head and first and last),
             position_embedding_type="rope",
             rotary_base=int(arch.rope_theta),
             vp_stage=stage,
         )
+        if arch.value_head and last:
+            chunk.share_embeddings_and_output_weights = False
+            chunk.output_layer = ValueHead(arch.hidden_size, native.params_dtype)  # type: ignore[assignment]
         chunk.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(cpu.device())
         chunks.append(chunk.to(cpu.device()))
     return chunks
+
+
+class ValueHead(nn.Module):
+    """One number from a hidden state, in fp32. Every tensor-parallel rank has all of it and
+    computes the same, so its gradient is the same on all of them: nothing is to be summed.
+    """
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=dtype))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[rows, hidden]` -> `[rows]`."""
+        return F.linear(rows.float(), self.weight.float()).squeeze(-1)
 
 
 def unembedding(chunk: GPTModel) -> Tensor:
@@ -167,6 +189,15 @@ def rows_for_unembedding(hidden: Tensor, rows: Tensor, *, sequence_parallel: boo
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden)
+    return hidden.flatten(0, 1).index_select(0, rows)
+
+
+def rows_for_value_head(hidden: Tensor, rows: Tensor, *, sequence_parallel: bool) -> Tensor:
+    """The same for a value head. Tensor-parallel ranks compute the same values of the same rows, so
+    each has the whole gradient: not a share of it that would have to be summed.
+    """
+    if sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
     return hidden.flatten(0, 1).index_select(0, rows)
 
 

@@ -11,69 +11,32 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from torch import Tensor
 
 from megatron_bupo.algorithm.bupo import FULL, Policy
 from megatron_bupo.config.schema import Config
 from megatron_bupo.hf.architecture import DecoderSizes
-from megatron_bupo.mcore.actor import MegatronActor, put_together
-from megatron_bupo.mcore.ddp import PhasedDDP, overlap
-from megatron_bupo.mcore.hf_weights import Unit, units
-from megatron_bupo.mcore.microbatches import Microbatch, input_lengths
-from megatron_bupo.mcore.moe import balancing_routers, mean_imbalance
-from megatron_bupo.mcore.native import build_native
+from megatron_bupo.mcore.actor import MegatronActor
+from megatron_bupo.mcore.learner import LearningModel
+from megatron_bupo.mcore.microbatches import Microbatch
 from megatron_bupo.mcore.objective import Objective
-from megatron_bupo.mcore.optimizer import PhasedOptimizer
+from megatron_bupo.mcore.pipeline import put_together
 from megatron_bupo.mcore.reference import ReferenceWeights
 from megatron_bupo.mcore.weight_stream import ActorWeights, trained_units
 from megatron_bupo.types import TokenBatch, UpdateReport
 
 
-def _finalize(chunks: list[Any], _num_tokens: Any = None, **kwargs: Any) -> None:
-    """Sum gradients over ranks; no division by token counts, for the loss already holds the
-    global one.
-    """
-    finalize_model_grads(chunks, None, **kwargs)
-
-
-class MegatronTrainer(MegatronActor):
-    """An actor under Megatron's DDP with Megatron's optimizer."""
+class MegatronTrainer(LearningModel, MegatronActor):
+    """An actor that learns what `config.algorithm` asks for."""
 
     def __init__(
         self, arch: DecoderSizes, config: Config, open_slice: Callable[[str], Any]
     ) -> None:
         super().__init__(arch, config, open_slice)
-        self.routers = balancing_routers(self.gpt_chunks)
-        self.native.finalize_model_grads_func = _finalize
-        self.wrapped = [PhasedDDP(self.native, self._ddp_config(), m) for m in self.wrapped]
-        overlap(self.native, self.wrapped)
-        self._unit_of = self.weights.unit_of
         # Before a checkpoint is loaded: on resume too, the reference is the model at model.path.
         self.reference = (
             ReferenceWeights(self._unit_of) if config.algorithm.kl_coefficient else None
         )
-        self.optimizer = PhasedOptimizer(
-            self.wrapped, self._unit_of, units(arch), config, self.native.params_dtype
-        )
-        self.router.frozen_layers = self._frozen_layers()
-        self.native.grad_scale_func = self.optimizer.megatron.scale_loss
-
-    def _ddp_config(self) -> Any:
-        ours = {
-            "grad_reduce_in_fp32": True,
-            "use_distributed_optimizer": self.config.parallel.distributed_optimizer,
-        }
-        return build_native(DistributedDataParallelConfig, ours, self.config.megatron)
-
-    def trained(self, policy: Policy) -> dict[Unit, float]:
-        """The units that an update of `policy` changes, with their learning-rate factors."""
-        return trained_units(policy, self.arch, self.config.optimizer.lr_factors)
-
-    def _frozen_layers(self) -> int:
-        """How many layers, from the bottom up, lie below all that learns."""
-        learns = [unit in self.trained(FULL) for unit in units(self.arch)]
-        return max(learns.index(True) - 1, 0)  # the embedding comes first
 
     def begin_phase(self) -> None:
         """The next step is the first to train another policy: see `bupo.optimizer_at_switch`."""
@@ -97,25 +60,19 @@ class MegatronTrainer(MegatronActor):
         """
         if minibatch.old_logprobs is not None:
             minibatch = minibatch.of_learners()  # else what does not learn is to be scored
-        trained = self.trained(policy)
-        parameters = {p for p, unit in self._unit_of.items() if unit in trained}
-        for chunk in self.wrapped:
-            chunk.train_only(parameters)
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        for router in self.routers:
-            router.begin(sum(input_lengths(minibatch)))
         corrected = policy == FULL and self.config.corrects_rollouts
         objective = Objective(minibatch, self.config, corrected=corrected)
-        outcomes = self._run(minibatch, policy, learn=partial(self._loss, objective))
+        outcomes = self._gradients(minibatch, policy, partial(self._loss, objective))
         report = objective.report([sums for sums, _ in outcomes])
         if self.balances:
-            imbalance = mean_imbalance(self.routers, self.arch.experts, policy)
-            report["update/expert_imbalance"] = imbalance
+            report["update/expert_imbalance"] = self._imbalance(policy)
         scores = None
         if minibatch.old_logprobs is None:
-            scores = put_together(minibatch, [scored for _, scored in outcomes])
-        grad_norm = self.optimizer.step(trained, lr, loss=report["update/loss"])
+            logprobs, entropies = put_together(
+                minibatch, [scored for _, scored in outcomes], columns=2
+            )
+            scores = logprobs, entropies
+        grad_norm = self._step(policy, lr, loss=report["update/loss"])
         skipped = not math.isfinite(grad_norm)
         return UpdateReport(
             {**report, "update/grad_norm": grad_norm, "update/skipped": float(skipped)}, scores
@@ -138,15 +95,6 @@ class MegatronTrainer(MegatronActor):
         scored = torch.stack((logprobs, entropies)).detach()
         return loss, tokens, (sums, (microbatch.at, scored))
 
-    def gather_parameters(self) -> None:
-        """Until the next update parameters may be read without a forward pass. Collective."""
-        for chunk in self.wrapped:
-            chunk.gather_parameters()
-
     def changed_weights(self, policy: Policy) -> ActorWeights:
         """All that an update of `policy` changed."""
         return ActorWeights(self.weights, self.trained(policy), self.gather_parameters)
-
-    def all_weights(self) -> ActorWeights:
-        """The whole model."""
-        return ActorWeights(self.weights, units(self.arch), self.gather_parameters)

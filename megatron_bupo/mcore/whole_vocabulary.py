@@ -84,11 +84,9 @@ class WholeVocabulary(MegatronActor):
     def _everywhere(
         self, microbatch: Microbatch, hidden: Tensor, **_: Any
     ) -> tuple[Tensor, Tensor]:
-        chunk = model.last_chunk(self.gpt_chunks)
-        assert chunk is not None, "only the last pipeline stage reads out"
         sp = self.native.sequence_parallel
         rows = model.rows_for_unembedding(hidden, microbatch.rows, sequence_parallel=sp)
-        logits = (rows @ model.unembedding(chunk).t()).float()
+        logits = (rows @ model.unembedding(self.last_chunk).t()).float()
         if self.shard.group is not None:
             parts = [torch.empty_like(logits) for _ in range(self.shard.group.size())]
             dist.all_gather(parts, logits.contiguous(), group=self.shard.group)

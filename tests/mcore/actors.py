@@ -30,6 +30,7 @@ from megatron_bupo.hf.architecture import read_architecture
 from megatron_bupo.hf.reader import slice_opener
 from megatron_bupo.hf.tensors import read_index
 from megatron_bupo.mcore import parallel
+from megatron_bupo.mcore.learner import LearningModel
 from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.mcore.weight_stream import trained_units
 from megatron_bupo.types import TokenBatch
@@ -113,7 +114,7 @@ def with_stale_logprobs(batch: TokenBatch, logprobs: Tensor) -> TokenBatch:
     return batch.with_old_logprobs((logprobs + drift) * batch.response_mask)
 
 
-def full_gradients(trainer: MegatronTrainer) -> dict[str, Tensor]:
+def full_gradients(trainer: LearningModel) -> dict[str, Tensor]:
     """Gradients of the last update by HF name, whole, before clipping: the weight stream run on
     Megatron's gradient buffers. Collective.
     """
@@ -143,7 +144,7 @@ def _gather_gradient_shards(ddp: Any) -> None:
             dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
-def replica_gap(trainer: MegatronTrainer) -> float:
+def replica_gap(trainer: LearningModel) -> float:
     """The largest difference, over all ranks, between copies of what should be equal: parameters
     and gradients of uncut parameters over tensor-parallel ranks, and of the tied unembedding
     between the first and the last stage. Collective.
@@ -173,7 +174,7 @@ def _flat_gradient(held: Any) -> Tensor:
     return held.parameter.main_grad.detach().flatten()
 
 
-def snapshot(trainer: MegatronTrainer) -> dict[str, Tensor]:
+def snapshot(trainer: LearningModel) -> dict[str, Tensor]:
     """The whole model by HF name, copied. Collective."""
     return {name: tensor.to("cpu", copy=True) for name, tensor in trainer.all_weights()}
 
