@@ -125,6 +125,7 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     check_optimizer(config)
     _schedule_is_one_of_two_kinds(config)
     _stages_go_bottom_up(config)
+    check_critic(config)
     check_hicra(config)
     check_parallel(config)
     check_timeouts(config)
@@ -137,7 +138,6 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
     if training:
         _responses_are_drawn(config)
         check_algorithm(config)
-        check_critic(config)
         check_rollout(config)
         check_internal_layout(config, layout.world)
         _minibatches_divide(config)

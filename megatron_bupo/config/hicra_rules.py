@@ -51,14 +51,15 @@ def _nothing_else_is_set(hicra: HicraConfig) -> None:
 
 def _it_meets_a_step(config: Config) -> None:
     """Of the phases that it is for, some step comes at `from_step` or later."""
-    hicra = config.hicra
-    internal_steps = min(sum(steps for _, steps in config.bupo.phases()), config.steps)
-    ends = {"internal": internal_steps, "both": config.steps}
-    end = ends.get(hicra.phases, config.steps if internal_steps < config.steps else 0)
+    hicra, resting = config.hicra, config.resting_steps
+    internal = min(sum(steps for _, steps in config.bupo.phases()), config.steps - resting)
+    ends = {"internal": resting + internal if internal else 0, "both": config.steps}
+    end = ends.get(hicra.phases, config.steps if resting + internal < config.steps else 0)
     if hicra.from_step >= end:
+        after = f" after the {resting} of critic.warmup_steps" if resting else ""
         raise InputError(
             f"hicra.phases={hicra.phases}, hicra.from_step={hicra.from_step}",
-            f"no step of the run is such a one: of its {config.steps} steps the first "
-            f"{internal_steps} train internal policies",
+            f"no step of the run is such a one: of its {config.steps} steps the first {internal}"
+            f"{after} train internal policies",
             "choose an earlier step or hicra.phases=both",
         )

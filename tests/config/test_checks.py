@@ -41,10 +41,12 @@ def test_every_choice_and_range_is_a_key_of_the_schema():
         "amplify": [grams],
         "both": [grams],
         "internal": [grams, *internal],
+        "critic.optimizer.decay": ["algorithm.advantage=gae"],
     }
     for key, choices in CHOICES.items():
         for choice in choices:
-            check(config_with(f"{key}={choice}", *needs.get(choice, [])), None)
+            more = [*needs.get(key, []), *needs.get(choice, [])]
+            check(config_with(f"{key}={choice}", *more), None)
 
 
 @pytest.mark.parametrize(

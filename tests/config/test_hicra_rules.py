@@ -8,6 +8,8 @@ from megatron_bupo.errors import InputError
 
 BASE = ["model.path=m", "data.train=d", "reward.function=math", "parallel.dp=1", "steps=10"]
 GRAMS = "hicra.grams=grams.yaml"
+INTERNAL = ["bupo.target_layer=2", "bupo.internal_steps=2"]
+WARMUP = ["algorithm.advantage=gae", "critic.warmup_steps=3"]
 
 
 def refusal(*settings: str) -> str:
@@ -27,6 +29,7 @@ def refusal(*settings: str) -> str:
         [GRAMS, "hicra.alpha=0", "bupo.target_layer=2", "bupo.internal_steps=10"],
         [GRAMS, "hicra.phases=internal", "bupo.target_layer=2", "bupo.internal_steps=4"],
         [GRAMS, "hicra.from_step=9", "bupo.target_layer=2", "bupo.internal_steps=4"],
+        [GRAMS, "hicra.phases=internal", "hicra.from_step=4", *WARMUP, *INTERNAL],
     ],
 )
 def test_settings_that_do_what_they_say_pass(settings: list[str]):
@@ -44,6 +47,10 @@ def test_settings_that_do_what_they_say_pass(settings: list[str]):
         ([GRAMS, "hicra.from_step=10"], "no step of the run"),
         ([GRAMS, "hicra.phases=internal"], "no step of the run"),
         ([GRAMS, "bupo.target_layer=2", "bupo.internal_steps=10"], "no step of the run"),
+        (
+            [GRAMS, "bupo.target_layer=2", "bupo.internal_steps=7", *WARMUP],
+            "of its 10 steps the first 7 after the 3 of critic.warmup_steps train internal ",
+        ),
         (["hicra.mask=entropy", "hicra.entropy_share=0"], "hicra.entropy_share=0"),
         (
             "hicra.mask=entropy hicra.phases=both bupo.target_layer=2 bupo.internal_steps=4"
