@@ -176,7 +176,7 @@ def as_markdown(comparison: Comparison, failures: Sequence[str], command: str) -
     for title, headings, rows in tables(comparison):
         lines = [headings, ["---", *["--:"] * (len(headings) - 1)], *rows]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        parts += [f"## {title}", table.replace("**", r"\*\*")]
+        parts += [f"## {title}", table.replace("*", r"\*")]
     told = legend(comparison).replace("*", r"\*")
     return "\n\n".join([*parts, told, *failures]) + "\n"
 
