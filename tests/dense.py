@@ -95,10 +95,10 @@ def loop_loss(
         tokens = [t for t in range(batch.input_ids.shape[1]) if learns[i, t]]
         log_ratios = [logprobs[i, t] - batch.old_logprobs[i, t] for t in tokens]
         for t, log_ratio in zip(tokens, log_ratios, strict=True):
-            ratio = torch.exp(log_ratio)
+            ratio, advantage = torch.exp(log_ratio), float(batch.advantages[i, t])
             if kind == "gspo":
-                ratio = torch.exp(torch.stack(log_ratios).mean())
-            advantage = float(batch.advantages[i, t])
+                alike = len(set(batch.advantages[i, tokens].tolist())) == 1
+                ratio = _gspo_ratio(log_ratios, None if alike else log_ratio)
             gain = ratio * advantage
             if kind == "cispo":
                 weight = min(max(float(ratio.detach()), 1 - clip_low), 1 + clip_high)
@@ -123,6 +123,12 @@ def loop_loss(
         return total / (len(batch) * longest)
     means = [torch.stack(losses).sum() / len(losses) for losses in per_response if losses]
     return torch.stack(means).sum() / len(batch)
+
+
+def _gspo_ratio(log_ratios: list[Tensor], own: Tensor | None) -> Tensor:
+    """A response's ratio (arXiv 2507.18071, Eq 7), or with the slope of a token's `own` (Eq 14)."""
+    ratio = torch.exp(torch.stack(log_ratios).mean())
+    return ratio if own is None else ratio.detach() * torch.exp(own - own.detach())
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,19 @@
 """The parity matrix: models under layouts, each against transformers on one process.
 
-A case runs every policy of its model. In fp32 the numbers must agree to rounding; in bf16 the
-layouts may stray from exact arithmetic as far as transformers' own bf16 does.
+A case runs every policy of its model, each with another advantage and loss, and with HICRA on top.
+In fp32 the numbers must agree to rounding; in bf16 the layouts may stray from exact arithmetic as
+far as transformers' own bf16 does.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy
+from megatron_bupo.config.schema import AlgorithmConfig, RolloutConfig
 from tests.dense import DenseUpdate, by_hf_name, dense_logprobs, dense_model, dense_update
 from tests.mcore.actors import (
     full_gradients,
@@ -23,6 +25,8 @@ from tests.mcore.actors import (
     train_once,
     with_stale_logprobs,
 )
+from tests.mcore.credited import LONGEST, algorithm, credited
+from tests.mcore.parity_cases import CASES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,9 +44,9 @@ class Gaps:
 
     logprobs: float = 0.0  # nats
     entropies: float = 0.0  # nats
-    loss: float = 0.0
+    loss: float = 0.0  # relative where it is above 1
     grad_norm: float = 0.0  # relative
-    grads: float = 0.0
+    grads: float = 0.0  # relative to the largest of all
 
     def widen(self, **seen: float) -> None:
         """Take over what is larger."""
@@ -55,16 +59,24 @@ class Gaps:
 
 
 @dataclass
+class Step:
+    """What a policy learns from, and the update that it should come to."""
+
+    algorithm: AlgorithmConfig
+    batch: TokenBatch
+    exact: DenseUpdate
+
+
+@dataclass
 class Reference:
     """What a case is held to."""
 
-    batch: TokenBatch
-    updates: dict[Policy, DenseUpdate]
+    steps: dict[Policy, Step]
     allowed: Gaps
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-EXACT = Gaps(logprobs=1e-5, entropies=1e-5, loss=1e-6, grad_norm=1e-5, grads=1e-6)
+EXACT = Gaps(logprobs=1e-5, entropies=1e-5, loss=1e-6, grad_norm=2e-6, grads=4e-6)
 
 
 def policies(layers: int) -> list[Policy]:
@@ -73,59 +85,77 @@ def policies(layers: int) -> list[Policy]:
     return [FULL, *internal]
 
 
+def algorithms(case: Case) -> dict[Policy, AlgorithmConfig]:
+    """What trains each policy of `case`; the cases together go through all that there is."""
+    every = policies(case.model.get("layers", 4))
+    first = CASES.index(case) * len(every)
+    return {policy: algorithm(first + place) for place, policy in enumerate(every)}
+
+
 def reference(case: Case, model_dir: Path) -> Reference:
     """The dense model's numbers; of a bf16 case in fp32, on weights rounded to bf16."""
     dtype = getattr(torch, case.dtype)
     model = dense_model(model_dir, dtype).float()
     weights = by_hf_name((name, p.detach().to(dtype)) for name, p in model.named_parameters())
-    batch, updates, allowed = random_batch(vocab=case.model["vocab"]), {}, EXACT
-    for policy in policies(case.model.get("layers", 4)):
+    batch, steps, allowed = random_batch(vocab=case.model["vocab"]), {}, EXACT
+    for policy, by in algorithms(case).items():
         logprobs, _ = dense_logprobs(model, batch, policy)
-        stale = with_stale_logprobs(batch, logprobs.detach())
-        updates[policy] = dense_update(model, stale, policy)
+        stale = credited(with_stale_logprobs(batch, logprobs.detach()), by)
+        steps[policy] = Step(by, stale, _dense(model, stale, policy, by))
     if dtype != torch.float32:
         rounded, allowed = dense_model(model_dir, dtype), Gaps()
-        for policy, exact in updates.items():
-            stale = with_stale_logprobs(batch, exact.logprobs)
-            theirs = dense_update(rounded, stale, policy)
-            allowed.widen(**deviations(theirs, exact))
-    return Reference(batch, updates, allowed, weights)
+        for policy, step in steps.items():
+            theirs = _dense(rounded, step.batch, policy, step.algorithm)
+            allowed.widen(**deviations(theirs, step.exact))
+    return Reference(steps, allowed, weights)
+
+
+def _dense(model: Any, batch: TokenBatch, policy: Policy, by: AlgorithmConfig) -> DenseUpdate:
+    knobs = {"kind": by.loss, "aggregation": by.aggregation, "longest": LONGEST}
+    return dense_update(model, batch, policy, **knobs)
 
 
 def deviations(ours: DenseUpdate, exact: DenseUpdate) -> dict[str, float]:
     """How far one update is from another, as the fields of `Gaps`."""
     assert ours.grads.keys() == exact.grads.keys()
+    largest = max(float(grad.abs().max()) for grad in exact.grads.values())
     return {
         "logprobs": _gap(ours.logprobs, exact.logprobs),
         "entropies": _gap(ours.entropies, exact.entropies),
-        "loss": abs(ours.loss - exact.loss),
+        "loss": abs(ours.loss - exact.loss) / max(1.0, abs(exact.loss)),
         "grad_norm": abs(ours.grad_norm / exact.grad_norm - 1),
-        "grads": max(_gap(grad, exact.grads[name]) for name, grad in ours.grads.items()),
+        "grads": max(_gap(grad, exact.grads[name]) for name, grad in ours.grads.items()) / largest,
     }
 
 
-def _gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def _gap(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> float:
+    assert ours is not None
+    assert theirs is not None
     return float((ours.float() - theirs.float()).abs().max())
 
 
 def measure(case: Case, model_dir: Path, expected: Reference) -> dict[str, Any]:
     """On each rank: everything that the layout can show."""
     config = run_config(parallel=case.layout, megatron=case.megatron, model={"dtype": case.dtype})
+    rollout = RolloutConfig(max_response_tokens=LONGEST)
     trainer = start_trainer(model_dir, config)
     weights = snapshot(trainer)
     gaps = {"full": Gaps(), "internal": Gaps()}
-    for policy, exact in expected.updates.items():
-        logprobs, entropies = trainer.logprobs(expected.batch, policy)
-        stale = with_stale_logprobs(expected.batch, exact.logprobs)
-        metrics = trainer.update(stale, policy, lr=0.0).metrics
+    for policy, step in expected.steps.items():
+        trainer.config = replace(config, algorithm=step.algorithm, rollout=rollout)
+        logprobs, entropies = trainer.logprobs(step.batch, policy)
+        metrics = trainer.update(step.batch, policy, lr=0.0).metrics
         loss, norm = metrics["update/loss"], metrics["update/grad_norm"]
         grads = full_gradients(trainer)
         ours = DenseUpdate(logprobs, entropies, loss, norm, grads)
-        gaps["full" if policy == FULL else "internal"].widen(**deviations(ours, exact))
-        unreached = [name for name, grad in exact.grads.items() if not grad.any()]
+        gaps["full" if policy == FULL else "internal"].widen(**deviations(ours, step.exact))
+        unreached = [name for name, grad in step.exact.grads.items() if not grad.any()]
         assert not any(grads[name].any() for name in unreached), policy
     internal = InternalLayerPolicy(2)
-    train_once(trainer, expected.batch, internal, lr=1e-2)
+    step = expected.steps[internal]
+    batch = credited(step.batch, step.algorithm)
+    assert _gap(batch.advantages, step.batch.advantages) == 0
+    train_once(trainer, batch, internal, lr=1e-2)
     after = snapshot(trainer)
     return {
         "gaps": gaps,
