@@ -1,5 +1,6 @@
 """The same advantages and losses as TRL's trainers compute, where they have the same; needs trl
-(the extra `bench`).
+(the extra `bench`). TRL 1.16 has no PPO any more, so nothing for gae and the value loss, and no
+REINFORCE++; its RLOO's loss clips the product of a response's ratios, which none of ours does.
 """
 
 from __future__ import annotations
@@ -9,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from megatron_bupo.algorithm.advantages import token_advantages, token_weights
+from megatron_bupo.algorithm.advantages import (
+    leave_one_out_advantages,
+    token_advantages,
+    token_weights,
+    whitened,
+)
+from megatron_bupo.algorithm.kl import kl_estimates
 from megatron_bupo.algorithm.policy_loss import policy_loss
 from megatron_bupo.bed import chain_sums
 
@@ -57,7 +64,7 @@ def trainer_of(
     [
         ("grpo", "GRPO", {"scale_rewards": "group"}),
         ("dr_grpo", "GRPO", {"scale_rewards": "none"}),
-        ("rloo", "RLOO", {}),
+        ("rloo", "RLOO", {"beta": 0.3}),  # k1, taken off the reward
     ],
 )
 def test_advantages_are_those_of_trls_trainers(
@@ -65,14 +72,35 @@ def test_advantages_are_those_of_trls_trainers(
 ):
     rewards = torch.randn(PROMPTS, GROUP)
     trainer = trainer_of(kind, rewards, **knobs)
-    rows = [{"prompt": "1+2="} for _ in range(PROMPTS * GROUP)]
-    theirs = trainer._generate_and_score_completions(rows)["advantages"]
-    learns = torch.ones(PROMPTS * GROUP, 1, dtype=torch.bool)
-    ours = token_advantages(rewards, learns, estimator=estimator).view(PROMPTS, GROUP)
+    scores: list[torch.Tensor] = []  # of the policy and of the reference
+
+    def score(_model: Any, ids: torch.Tensor, _mask: Any, tokens: int, *_: Any, **__: Any) -> Any:
+        scores.append(torch.randn(len(ids), tokens))
+        return scores[-1], None, None
+
+    trainer._get_per_token_logps_and_entropies = score
+    found = trainer._generate_and_score_completions([{"prompt": "1+2="}] * rewards.numel())
+    learns = found["completion_mask"].bool()
+    kl = kl_estimates(*scores, estimator="k1") * learns if "beta" in knobs else None
+    ours = token_advantages(
+        rewards, learns, estimator=estimator, kl=kl, kl_coefficient=knobs.get("beta", 0.0)
+    )
     if estimator == "grpo":  # theirs adds 1e-4 to the standard deviation
-        std = rewards.std(dim=1, keepdim=True)
+        std = rewards.std(dim=1).repeat_interleave(GROUP)[:, None]
         ours = ours * (std + 1e-6) / (std + 1e-4)
-    torch.testing.assert_close(ours.flatten(), theirs.flatten())
+    torch.testing.assert_close(ours, found["advantages"][:, None] * learns)
+
+
+def test_values_are_whitened_as_by_trls_trainer(trainer_of: Callable[..., Any]):
+    rewards = torch.randn(PROMPTS, GROUP)
+    trainer = trainer_of("RLOO", rewards, beta=0.0, normalize_advantages=True)
+    found = trainer._generate_and_score_completions([{"prompt": "1+2="}] * rewards.numel())
+    plain = leave_one_out_advantages(rewards).view(-1, 1)
+    ours = whitened(plain, torch.ones_like(plain, dtype=torch.bool)).flatten()
+    std = plain.std()  # theirs adds 1e-4 to it, ours 1e-8 to its square
+    torch.testing.assert_close(
+        ours * (std.square() + 1e-8).sqrt() / (std + 1e-4), found["advantages"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,13 +115,18 @@ def test_advantages_are_those_of_trls_trainers(
             {"loss_type": "grpo", "importance_sampling_level": "sequence"},
         ),
         ("cispo", "token_mean", {"loss_type": "cispo"}),
+        (  # k3, in the loss; TRL's default multiplies it by the ratio
+            "clipped",
+            "token_mean",
+            {"loss_type": "dapo", "beta": 0.3, "use_bias_correction_kl": False},
+        ),
     ],
 )
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
 def test_losses_and_their_gradients_are_those_of_trls_trainer(
     kind: str,
     aggregation: str,
-    theirs: dict[str, str],
+    theirs: dict[str, Any],
     dual_clip: float | None,
     trainer_of: Callable[..., Any],
 ):
@@ -105,7 +138,7 @@ def test_losses_and_their_gradients_are_those_of_trls_trainer(
         trainer.epsilon_high = 1.28  # an absolute bound there, and none below
     shape = PROMPTS * GROUP, TOKENS
     mask = torch.arange(TOKENS) < torch.randint(1, TOKENS + 1, (shape[0], 1))
-    old = -3 * torch.rand(shape)
+    old, ref = -3 * torch.rand(shape), -3 * torch.rand(shape)
     drift = torch.linspace(-1.5, 1.5, shape[0])[torch.randperm(shape[0])][:, None]
     logprobs, worth = old + drift + torch.randn(shape), torch.randn(shape[0])
     one, other = (logprobs.clone().requires_grad_() for _ in range(2))
@@ -123,23 +156,28 @@ def test_losses_and_their_gradients_are_those_of_trls_trainer(
             "completion_ids": ids,
             "completion_mask": mask.long(),
             "old_per_token_logps": old,
+            "ref_per_token_logps": ref,
             "advantages": worth,
             "num_items_in_batch": mask.sum(),
         },
     )
     loss.backward()
     means = ((logprobs - old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    weights = token_weights(mask, aggregation, longest=LONGEST)[mask]
     ours, statistics = policy_loss(
         other[mask],
         old[mask],
         worth[:, None].expand(shape)[mask],
-        token_weights(mask, aggregation, longest=LONGEST)[mask],
+        weights,
         kind=kind,
         clip_low=1.0 if kind == "cispo" else 0.2,
         clip_high=0.28,
         dual_clip=dual_clip,
         sequence_log_ratios=means.expand(shape)[mask],
     )
+    if "beta" in theirs:
+        kl = kl_estimates(other[mask], ref[mask], estimator="k3")
+        ours = ours + theirs["beta"] * (weights * kl).sum()
     ours.backward()
     assert float(statistics.clipped) > 5
     torch.testing.assert_close(ours, loss)
