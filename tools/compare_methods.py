@@ -121,10 +121,24 @@ def look_at(planned: Sequence[Planned]) -> None:
     for run in (first, *others):
         try:
             check(run.config, None)
+            can_be_compared(run.config, first.config.steps)
             check_files(run.config)
         except InputError as error:
             raise of_method(run.method, error) from None
     check_data(first.config)
+
+
+def can_be_compared(config: Config, steps: int) -> None:
+    """A run that trains for as many `steps` as the others, and is evaluated after the last."""
+    every = config.evaluation.every
+    if config.debug.rollout_only:
+        raise InputError("debug.rollout_only=true", "trains nothing", "leave it out")
+    if config.steps != steps:
+        reason = f"methods are compared after as many steps, and the reference has {steps}"
+        raise InputError(f"steps={config.steps}", reason, "set it for all by --steps")
+    if not every or steps % every:
+        reason = f"leaves step {steps}, where methods are compared, without an evaluation"
+        raise InputError(f"evaluation.every={every}", reason, "choose a divisor of steps")
 
 
 def tell(
@@ -139,7 +153,8 @@ def tell(
     questions = questions_of(planned[0].config)
     for run in planned:
         if run.has_ended():
-            curves[run.method.name][run.seed] = curve_of(run, questions)
+            records = read_metrics(run.run_dir)
+            curves[run.method.name][run.seed] = Curve.of(records, questions)
     curves = {name: dict(sorted(of.items())) for name, of in curves.items() if of}
     reference = planned[0].method.name
     if reference not in curves:
@@ -157,18 +172,6 @@ def tell(
     console.print(comparison_tables.legend(comparison), highlight=False, markup=False)
     drawn = comparison_figures.draw(out, comparison, curves, panels)
     console.print(f"{out}: comparison.md, comparison.json, {', '.join(p.name for p in drawn)}")
-
-
-def curve_of(run: Planned, questions: int | None) -> Curve:
-    """What the run came to."""
-    try:
-        return Curve.of(read_metrics(run.run_dir), questions)
-    except (KeyError, IndexError):
-        where, reason = (
-            f"{run.run_dir}/metrics.jsonl",
-            "has no evaluation of the first and last step",
-        )
-        raise InputError(where, reason, "set evaluation.every to a divisor of steps") from None
 
 
 def questions_of(config: Config) -> int | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from tools.comparison_statistics import CONFIDENCE, Curve
 from tools.comparison_tables import Accuracy, Comparison, Curves
 
 if TYPE_CHECKING:
@@ -21,6 +22,22 @@ PLAIN, BEYOND = "#8b95a1", "#c8553d"
 COLUMNS = 3
 
 
+class Drawn(NamedTuple):
+    """What of a run is drawn over the steps that it has trained."""
+
+    label: str
+    corner: str  # that the curves leave free
+    of: Callable[[Curve], tuple[Sequence[float], Sequence[float]]]
+
+
+ACCURACY = Drawn("held-out accuracy", "lower right", lambda run: (run.steps, run.accuracy))
+ENTROPY = Drawn(
+    "entropy of the full policy, nats",
+    "upper right",
+    lambda run: (range(len(run.entropy)), run.entropy),
+)
+
+
 def draw(
     out: Path, comparison: Comparison, curves: Curves, panels: Mapping[str, Sequence[str]]
 ) -> list[Path]:
@@ -29,17 +46,11 @@ def draw(
     reference = comparison.rows[0].method.name
     shown = {title: names for title, names in shown.items() if set(names) - {reference}}
     drawn = [out / "differences.png"]
-    _save(_differences(comparison), drawn[0])
-    series: dict[str, tuple[str, Callable[..., Any]]] = {
-        "learning_curves": ("held-out accuracy", lambda c: (c.steps, c.accuracy)),
-        "entropies": (
-            "entropy of the full policy, nats",
-            lambda c: (range(len(c.entropy)), c.entropy),
-        ),
-    }
-    for name, (label, of) in series.items() if shown else ():
-        drawn.append(out / f"{name}.png")
-        _save(_panels(curves, shown, reference, label, of), drawn[-1])
+    _save(_differences(comparison, shown), drawn[0])
+    if shown:
+        drawn += [out / "learning_curves.png", out / "entropies.png"]
+        _save(_panels(curves, shown, reference, ACCURACY), drawn[1])
+        _save(_panels(curves, shown, reference, ENTROPY), drawn[2])
     return drawn
 
 
@@ -54,8 +65,7 @@ def _panels(
     curves: Curves,
     panels: Mapping[str, Sequence[str]],
     reference: str,
-    label: str,
-    of: Callable[..., tuple[Sequence[float], Sequence[float]]],
+    drawn: Drawn,
 ) -> Figure:
     """Means over seeds with a band of one standard deviation, the reference in every panel."""
     from matplotlib.figure import Figure
@@ -70,15 +80,15 @@ def _panels(
         for name in [reference, *(name for name in names if name != reference)]:
             if name not in colour_of:
                 colour_of[name] = free.pop(0) if free else COLOURS[0]
-            _band(axes, [of(c) for c in curves[name].values()], colour_of[name], name)
+            _band(axes, [drawn.of(run) for run in curves[name].values()], colour_of[name], name)
         axes.set_title(title, fontsize=10, loc="left")
-        axes.legend(frameon=False, fontsize=8, loc="best")
+        axes.legend(frameon=False, fontsize=8, loc=drawn.corner)
         _plain(axes)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     for place, axes in enumerate(grid):
         if place % columns == 0:
-            axes.set_ylabel(label)
+            axes.set_ylabel(drawn.label)
         if place + columns >= len(panels):
             axes.tick_params(labelbottom=True)
             axes.set_xlabel("steps trained")
@@ -96,37 +106,44 @@ def _band(
         axes.fill_between(at, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
 
 
-def _differences(comparison: Comparison) -> Figure:
-    """A row for each method: its difference to the reference at equal steps and at equal tokens."""
+def _differences(comparison: Comparison, panels: Mapping[str, Sequence[str]]) -> Figure:
+    """A row for each method: its difference to the reference at equal steps and at equal tokens;
+    a shade behind every other panel's.
+    """
     from matplotlib.figure import Figure
 
-    rows = comparison.rows[1:]
-    figure = Figure(figsize=(9.5, 1.6 + 0.27 * len(rows)), layout="constrained", dpi=130)
-    left, right = figure.subplots(1, 2, sharey=True, sharex=True)
-    titles = (f"after {comparison.steps} steps", f"after {comparison.budget:,.0f} response tokens")
-    for axes, title, accuracies in (
-        (left, titles[0], [row.at_steps for row in rows]),
-        (right, titles[1], [row.at_tokens for row in rows]),
-    ):
-        _forest(axes, accuracies)
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xlabel(f"held-out accuracy \u2212 that of {comparison.rows[0].method.name}")
-    left.set_yticks(range(len(rows)), [row.method.name for row in rows], fontsize=9)
-    left.set_ylim(len(rows) - 0.4, -0.6)
+    rows, reference = comparison.rows[1:], comparison.rows[0].method.name
+    names = [row.method.name for row in rows]
+    panel_of = {name: i for i, of in reversed([*enumerate(panels.values())]) for name in of}
+    figure = Figure(figsize=(10, 1.7 + 0.27 * len(rows)), layout="constrained", dpi=130)
+    both = figure.subplots(1, 2, sharey=True, sharex=True)
+    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr, call-arg]
+    _forest(both[0], [row.at_steps for row in rows], f"after {comparison.steps} steps")
+    tokens = f"after {comparison.budget:,.0f} response tokens"
+    _forest(both[1], [row.at_tokens for row in rows], tokens)
+    for axes in both:
+        for place in (i for i, name in enumerate(names) if panel_of[name] % 2):
+            axes.axhspan(place - 0.5, place + 0.5, color="#f3f4f6", linewidth=0, zorder=0)
+    both[0].set_yticks(range(len(rows)), names, fontsize=9)
+    both[0].set_ylim(len(rows) - 0.5, -0.5)
+    figure.supxlabel(
+        f"held-out accuracy \u2212 that of {reference}, paired by seed, {CONFIDENCE:.0%} "
+        "intervals; coloured where they exclude 0",
+        fontsize=10,
+    )
     return figure
 
 
-def _forest(axes: Axes, accuracies: Sequence[Accuracy]) -> None:
+def _forest(axes: Axes, accuracies: Sequence[Accuracy], title: str) -> None:
     axes.axvline(0, color=REFERENCE, linewidth=1, linestyle=(0, (4, 3)))
     for place, accuracy in enumerate(accuracies):
         difference = accuracy.to_reference
         if difference is None:
             continue
-        colour = BEYOND if difference.stars else PLAIN
         half = 0.0 if math.isnan(difference.half) else difference.half
-        axes.errorbar(
-            difference.mean, place, xerr=half, fmt="o", color=colour, markersize=5, capsize=2
-        )
+        style = {"color": BEYOND if difference.stars else PLAIN, "markersize": 5, "capsize": 2}
+        axes.errorbar(difference.mean, place, xerr=half, fmt="o", **style)
+    axes.set_title(title, fontsize=10, loc="left")
     _plain(axes, grid="x")
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -127,6 +128,7 @@ class Difference(NamedTuple):
         return (abs(self.mean) > self.half) + (abs(self.mean) > self.half_of_all)
 
 
+@cache
 def t_quantile(confidence: float, df: int) -> float:
     """The t within whose +-t Student's distribution with `df` degrees of freedom has the share
     `confidence`.
