@@ -69,6 +69,8 @@ CHOICES = {
     "critic.optimizer.decay": ("constant", "linear", "cosine"),
 }
 
+ALSO_CALLED = {"ppo": "gae"}  # a choice by another name than ours
+
 # (what a number must be, test, keys); a null passes where the schema allows it
 RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
@@ -170,7 +172,8 @@ def _choices_are_known(config: Config) -> None:
     for key, choices in CHOICES.items():
         value = str(values[key])
         if value not in choices:
-            near = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0)[0]
+            meant = ALSO_CALLED.get(value.lower(), value.lower())
+            near = difflib.get_close_matches(meant, choices, n=1, cutoff=0)[0]
             raise InputError(
                 f"{key}={value}",
                 f"is not one of {', '.join(choices)}",

@@ -61,6 +61,13 @@ def test_every_choice_and_range_is_a_key_of_the_schema():
             "optimizer.decay=cosin: is not one of constant, linear, cosine; the nearest is cosine",
         ),
         (
+            "algorithm.advantage=PPO",
+            (
+                "algorithm.advantage=PPO: is not one of grpo, dr_grpo, rloo, reinforce_plus_plus, "
+                "reinforce_plus_plus_baseline, gae; the nearest is gae"
+            ),
+        ),
+        (
             "algorithm.loss_aggregation=seq_mean",
             (
                 "algorithm.loss_aggregation=seq_mean: is not one of auto, token_mean, "
