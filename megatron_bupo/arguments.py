@@ -30,6 +30,7 @@ def parser() -> Parser:
     _add_eval(commands)
     _add_generate(commands)
     _add_score(commands)
+    _add_analyze(commands)
     _add_rollouts(commands)
     _add_convert(commands)
     _add_bed(commands)
@@ -114,6 +115,27 @@ def _add_score(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("--data", metavar="FILE", required=True, help="JSONL, a row per response")
     _add_policy(parser, action="store", default="full")
     parser.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
+    _add_overrides(parser)
+
+
+def _add_analyze(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "analyze",
+        help="entropy flow: what every layer and module of a model says at each token",
+        description="Read the policies of all layers, attentions and FFNs at the tokens of a "
+        "model's own responses. Stopped, the same command goes on.",
+        epilog="example: megatron-bupo analyze --model DIR --data math500.jsonl --out OUT",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", metavar="DIR", required=True, help="HF checkpoint directory")
+    parser.add_argument("--data", metavar="FILE", help="prompts, to sample a response to each")
+    parser.add_argument("--prompts", metavar="N", type=_count, default=100, help="default: 100")
+    parser.add_argument("--responses", metavar="FILE", help="JSONL as `score` reads it, instead")
+    parser.add_argument("--out", metavar="DIR", required=True, help="where all of it goes")
+    parser.add_argument("--per-token", action="store_true", help="keep every number of each token")
+    parser.add_argument(
+        "--read-out", choices=("raw", "norm"), default="raw", help="norm: through the final norm"
+    )
     _add_overrides(parser)
 
 

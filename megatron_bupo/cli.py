@@ -22,6 +22,7 @@ COMMANDS = {  # name -> module with `run(args)`, imported when it is the one tha
     "eval": "megatron_bupo.commands.evaluate",
     "generate": "megatron_bupo.commands.generate",
     "score": "megatron_bupo.commands.score",
+    "analyze": "megatron_bupo.commands.analyze",
     "rollouts": "megatron_bupo.commands.rollouts",
     "convert": "megatron_bupo.commands.convert",
     "bed": "megatron_bupo.commands.bed",

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "evaluation": {"types", "config", "errors", "hf", "rewards", "rollout"},
     "mcore": {"types", "config", "errors", "progress", "checkpoints", "algorithm", "hf"},
     "record": {"types", "config", "errors", "progress", "algorithm"},
+    "analysis": {"errors"},
     "bed": {"types", "config", "errors", "data", "hf"},
 }
 # What puts the parts together may import all of them.
@@ -45,6 +46,7 @@ ON_TOP = {
     "train",
     "sample",
     "score",
+    "analyze",
     "generate",
     "evaluate",
     "replay",

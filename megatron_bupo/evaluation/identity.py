@@ -60,10 +60,10 @@ def state_of(config: Config, benchmarks: Sequence[Benchmark]) -> State:
     graders = [config.reward.function, *(term.function for term in config.reward.terms)]
     flat = flatten(config)
     settings = {
-        "model weights": _digest({tensor.file for tensor in read_index(model).tensors.values()}),
-        "model config files": _digest(model / name for name in MODEL.split()),
-        "tokenizer files": _digest(tokenizer / name for name in TOKENIZER.split()),
-        "reward files": _digest(Path(name.rpartition(":")[0]) for name in graders),
+        "model weights": digest({tensor.file for tensor in read_index(model).tensors.values()}),
+        "model config files": digest(model / name for name in MODEL.split()),
+        "tokenizer files": digest(tokenizer / name for name in TOKENIZER.split()),
+        "reward files": digest(Path(name.rpartition(":")[0]) for name in graders),
         **{key: flat[key] for key in SAME.split() if key in flat},
         "evaluation.max_response_tokens": max_response_tokens(config),
         **{k: v for k, v in flat.items() if k.startswith("reward.") and k not in HOW_FAST},
@@ -80,7 +80,7 @@ def _asked(benchmark: Benchmark) -> Settings:
     return {"questions": f"sha256:{rows.hexdigest()}", "responses_per_prompt": count}
 
 
-def _digest(files: Iterable[Path]) -> str:
+def digest(files: Iterable[Path]) -> str:
     """One of the names and contents of those `files` that there are."""
     there = sorted((file for file in files if file.is_file()), key=lambda file: file.name)
     with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to others
@@ -105,10 +105,10 @@ def take_up(out: Path, now: State) -> State:
         raise InputError(str(next(iter(answered.values()))), reason, "choose another --out")
     if before is None or not answered:
         before = State(now.settings, {}, {})
-    _refuse_changes("its answers were drawn with", before.settings, now.settings, out)
+    refuse_changes("its answers were drawn with", before.settings, now.settings, out)
     for name in [name for name in now.benchmarks if name in answered]:
         was = before.benchmarks.get(name, {})
-        _refuse_changes(f"{name} was asked with", was, now.benchmarks[name], out)
+        refuse_changes(f"{name} was asked with", was, now.benchmarks[name], out)
     taken_up = replace(before, benchmarks={**before.benchmarks, **now.benchmarks})
     write_state(out, taken_up)
     return taken_up
@@ -118,7 +118,8 @@ def _has_lines(file: Path) -> bool:
     return file.exists() and file.stat().st_size > 0
 
 
-def _refuse_changes(what: str, before: Settings, now: Settings, out: Path) -> None:
+def refuse_changes(what: str, before: Settings, now: Settings, out: Path) -> None:
+    """Raise an InputError that names what is not in `out` as it is `now`."""
     for change in _changes(before, json.loads(json.dumps(now))):  # as it is read back
         way_out = "set it as it was, or choose another --out"
         raise InputError(f"--out {out}", f"{what} {change}", way_out)

@@ -1,0 +1,3 @@
+"""Internal policies under the lens: what was read of every layer, over responses. No Megatron, no
+ranks.
+"""

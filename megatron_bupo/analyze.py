@@ -1,0 +1,216 @@
+"""Responses of a model, and what all its layers say at each of their tokens.
+
+::
+
+    OUT/responses.jsonl    what was sampled, as `generate` writes it
+    OUT/readings, tokens   what has been read so far (analysis/parts.py)
+    OUT/analysis.json      what came of it (analysis/results.py), OUT/layers.parquet
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from megatron_bupo import __version__, collective
+from megatron_bupo.algorithm.bupo import FULL
+from megatron_bupo.algorithm.entropy_flow import Readings
+from megatron_bupo.analysis.moments import Moments, pooled
+from megatron_bupo.analysis.parts import add_part, add_tokens, read_parts
+from megatron_bupo.analysis.results import READ_OUTS, RESULTS, TABLE, results, table, write_results
+from megatron_bupo.commands.analyze import SAMPLED, Analysis, response_lengths
+from megatron_bupo.commands.score import GivenResponse
+from megatron_bupo.config import expand
+from megatron_bupo.engines import rollout_engine
+from megatron_bupo.errors import InputError
+from megatron_bupo.generate import NOT_GRADED, Answers, lines_of
+from megatron_bupo.hf.reader import slice_opener
+from megatron_bupo.hf.tensors import read_index
+from megatron_bupo.mcore import parallel
+from megatron_bupo.mcore.residual_readings import ResidualReader
+from megatron_bupo.preflight import Preflight
+from megatron_bupo.record.bar import Bars
+from megatron_bupo.record.heartbeat import heartbeat
+from megatron_bupo.score import as_batch
+from megatron_bupo.types import RolloutGroup, Sampling
+
+PROMPTS_AT_ONCE = 32  # for each rank; what a kill loses at most
+# Of each micro-batch two vectors a layer are kept for every response token
+TOKENS_PER_MICROBATCH = 2048
+
+
+def analyze(analysis: Analysis) -> None:
+    """Sample, read and write. Every rank runs this; the first one writes."""
+    ready, out = analysis.ready, analysis.out
+    with ExitStack() as stack:
+        stack.enter_context(heartbeat(out, ready.layout.world, ready.config.logging.stall_s))
+        stack.enter_context(parallel.joined(ready.layout, seed=ready.config.seed))
+        live = ready.config.logging.progress
+        bars = stack.enter_context(Bars(on=collective.is_first(), live=live))
+        responses = analysis.responses or sampled(analysis, bars)
+        parts = read_all(analysis, responses, bars)
+        if collective.is_first():
+            for line in write(analysis, parts):
+                bars.say(line)
+
+
+def sampled(analysis: Analysis, bars: Bars) -> tuple[GivenResponse, ...]:
+    """A response of the full policy to each prompt; those that are on disk are not drawn again."""
+    config, prompts, path = analysis.ready.config, analysis.prompts, analysis.out / SAMPLED
+    lines = _whole_lines(path) if collective.is_first() else []
+    rows = [json.loads(line) for line in collective.gather(lines)]
+    answers = [(tuple(row["input_ids"]), tuple(row["response_ids"])) for row in rows]
+    if [asked for asked, _ in answers] != [p.input_ids for p in prompts[: len(answers)]]:
+        raise InputError(str(path), "has other prompts", "restore it, or choose another --out")
+    if len(answers) < len(prompts):
+        bars.begin("sampling", len(prompts), "responses", done=len(answers))
+        for groups in _draw(analysis, len(answers), bars):
+            if collective.is_first():
+                _append(path, groups)
+            answers += [(g.prompt.input_ids, g.rollouts[0].response_ids) for g in groups]
+            bars.at(len(answers))
+    if not any(response for _, response in answers):
+        reason = f"the model answered nothing to {len(prompts)} prompts"
+        raise InputError(f"model.path={config.model.path}", reason, "give other prompts")
+    return tuple(GivenResponse(p + r, len(p)) for p, r in answers if r)
+
+
+def _draw(analysis: Analysis, first: int, bars: Bars) -> Iterator[list[RolloutGroup]]:
+    """Responses to the prompts from number `first` on, some at a time."""
+    ready, config = analysis.ready, analysis.ready.config
+    sampling = Sampling(
+        responses_per_prompt=1,
+        max_response_tokens=config.rollout.max_response_tokens,
+        temperature=1.0,
+        seed=config.seed,
+    )
+    assert analysis.tokenizer is not None, "there are prompts"
+    engine = rollout_engine(
+        config, ready.architecture, analysis.tokenizer, run_dir=analysis.out / "servers"
+    )
+    try:
+        engine.wait_until_up(bars.say)
+        engine.sample_from(FULL)
+        at_once = PROMPTS_AT_ONCE * ready.layout.world
+        for start in range(first, len(analysis.prompts), at_once):
+            yield engine.generate(analysis.prompts[start : start + at_once], sampling)
+    finally:
+        engine.close()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Those of `path`; a last one that is torn goes."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    whole = text[: text.rfind(b"\n") + 1]
+    os.truncate(path, len(whole))
+    return whole.decode().splitlines()
+
+
+def _append(path: Path, groups: Sequence[RolloutGroup]) -> None:
+    answers = Answers(FULL, groups, [[NOT_GRADED] * len(group.rollouts) for group in groups])
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(lines_of(answers))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_all(analysis: Analysis, responses: Sequence[GivenResponse], bars: Bars) -> list[Moments]:
+    """What was read of all `responses`, in parts; on the first rank alone."""
+    lengths = response_lengths(responses)
+    parts = read_parts(analysis.out, lengths) if collective.is_first() else []
+    [done] = collective.gather([sum(len(part.tokens) for part in parts)] * collective.is_first())
+    bars.begin("reading", sum(lengths), "response tokens", done=sum(lengths[:done]))
+    if done == len(responses):
+        return parts
+    reader = _reader(analysis)
+    for some in rounds(analysis.ready, responses, done):
+        readings = reader.read(as_batch(responses[some]))
+        _check_finite(analysis, readings)
+        if collective.is_first():
+            parts.append(_keep(analysis, some.start, responses[some], readings))
+        bars.at(sum(lengths[: some.stop]))
+    return parts
+
+
+def rounds(ready: Preflight, responses: Sequence[GivenResponse], first: int) -> Iterator[slice]:
+    """The responses from number `first` on, as many at a time as make about one micro-batch for
+    each pipeline stage and data-parallel rank.
+    """
+    most = min(ready.config.trainer.max_tokens_per_microbatch, TOKENS_PER_MICROBATCH)
+    most *= ready.layout.dp * ready.layout.pp
+    tokens = 0
+    for i in range(first, len(responses)):
+        tokens += len(responses[i].input_ids)
+        if tokens > most and i > first:
+            yield slice(first, i)
+            first, tokens = i, len(responses[i].input_ids)
+    yield slice(first, len(responses))
+
+
+def _reader(analysis: Analysis) -> ResidualReader:
+    config = analysis.ready.config
+    with ExitStack() as files:
+        open_slice = slice_opener(read_index(expand(config.model.path)), files)
+        return ResidualReader(analysis.architecture, config, open_slice, normed=analysis.normed)
+
+
+def _check_finite(analysis: Analysis, readings: Readings) -> None:
+    if not bool(readings.full_entropy.isfinite().all() and readings.layer.entropy.isfinite().all()):
+        where = f"model.path={analysis.ready.config.model.path}"
+        reason = f"its logits are not finite in {analysis.ready.config.model.dtype}"
+        raise InputError(where, reason, "check the weights, or set model.dtype=float32")
+
+
+def _keep(
+    analysis: Analysis, first: int, responses: Sequence[GivenResponse], readings: Readings
+) -> Moments:
+    """What there is to remember of `readings`, once it is on disk."""
+    of_layers = {name: values.numpy() for name, values in readings.of_layers().items()}
+    of_model = {name: values.numpy() for name, values in readings.of_model().items()}
+    if analysis.per_token:
+        ids = [response.input_ids[response.prompt_length :] for response in responses]
+        add_tokens(analysis.out, first, ids, of_layers, of_model)
+    moments = Moments.of(of_layers | of_model, response_lengths(responses))
+    add_part(analysis.out, first, moments)
+    return moments
+
+
+def write(analysis: Analysis, parts: Sequence[Moments]) -> Iterator[str]:
+    """Write the results; what to tell of them, in lines."""
+    config, moments = analysis.ready.config, Moments.joined(parts)
+    confidence = config.evaluation.confidence
+    about = {
+        "model": Path(expand(config.model.path)).resolve().name,
+        "data": {
+            "responses": len(moments.tokens),
+            "tokens": int(moments.tokens.sum()),
+            "source": analysis.source,
+            "sampled": analysis.responses is None,
+        },
+        "settings": analysis.settings,
+        "versions": {
+            "megatron-bupo": __version__,
+            "megatron-core": version("megatron-core"),
+            "torch": torch.__version__,
+        },
+    }
+    read_out = "norm" if analysis.normed else "raw"
+    columns = pooled(moments, confidence=confidence)
+    content = results(columns, read_out=read_out, confidence=confidence, about=about)
+    write_results(analysis.out, content)
+    yield from table(content)
+    full = content["full_policy"]
+    yield (
+        f"{about['data']['tokens']} tokens of {about['data']['responses']} responses, read out "
+        f"{READ_OUTS[read_out]}; full policy: entropy {full['entropy_nats']:.3f} nats"
+    )
+    yield f"in {analysis.out}: {RESULTS}, {TABLE}"
