@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -55,8 +56,8 @@ def test_tokens_together_are_the_text_and_none_is_half_a_character(make: Callabl
         assert decoded == tokenizer.decode(ids) == text
         assert len(spans) == len(ids)
         assert "�" not in decoded
-        covered = [place for span in dict.fromkeys(spans) for place in range(*span)]
-        assert covered == list(range(len(text)))
+        assert {place for span in spans for place in range(*span)} == set(range(len(text)))
+        assert all(after[0] >= before[1] - 1 for before, after in pairwise(spans))
 
 
 def test_the_bytes_of_a_character_all_stand_for_it():
@@ -65,6 +66,24 @@ def test_the_bytes_of_a_character_all_stand_for_it():
     text, spans = token_texts(ids, tokenizer.decode)
     assert text == "a🤔b"
     assert spans[-6:] == [(0, 1), *[(1, 2)] * 4, (2, 3)]
+
+
+def test_tokens_cut_anywhere_stand_for_the_characters_that_they_have_bytes_of():
+    rng = random.Random(0)
+    text = " 🤔me我们 é wait👩\u200d🔬 é\u0301\n" * 40
+    whole, pieces = text.encode(), []
+    while whole:
+        size = rng.randrange(1, 6)
+        pieces.append(whole[:size])
+        whole = whole[size:]
+    decoded, spans = token_texts(
+        range(len(pieces)), lambda ids: b"".join(pieces[i] for i in ids).decode(errors="replace")
+    )
+    assert decoded == text
+    characters = iter([i for i, c in enumerate(text) for _ in c.encode()])
+    for piece, span in zip(pieces, spans, strict=True):
+        mine = [next(characters) for _ in piece]
+        assert span == (mine[0], mine[-1] + 1)
 
 
 def test_bytes_that_are_no_character_spoil_only_their_neighbourhood():
