@@ -23,6 +23,7 @@ from megatron_bupo.algorithm.planning_measures import Planning, Use, uses
 from megatron_bupo.algorithm.planning_tokens import StrategicGrams, inside
 from megatron_bupo.config import Config, expand
 from megatron_bupo.data.gram_files import Cluster, read_clusters, read_grams
+from megatron_bupo.data.packing import pack
 from megatron_bupo.data.token_texts import token_texts
 from megatron_bupo.engines import noise_seed
 from megatron_bupo.record.measures import planning_measures
@@ -86,6 +87,12 @@ class PlanningCredit:
         return planning_measures(
             planning, batch.response_mask, logprobs, entropies, clusters=clusters, fork_share=share
         )
+
+    def watch(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """What is worth knowing of what rollouts plan from which nothing is learned. Collective."""
+        batch = pack(groups, 0)
+        planning = self.find(batch, groups)
+        return {} if planning is None else self.measure(planning, batch, groups, None)
 
     def give(
         self, batch: TokenBatch, planning: Planning | None, step: int, *, entropies: Tensor | None

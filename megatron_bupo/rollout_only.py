@@ -17,6 +17,7 @@ from megatron_bupo.algorithm.bupo import FULL
 from megatron_bupo.config import expand, to_yaml
 from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.engines import prompt_stream, rollout_engine, sampling_at, sharing_ranks
+from megatron_bupo.planning_credit import PlanningCredit
 from megatron_bupo.preflight import Preflight
 from megatron_bupo.record import measures
 from megatron_bupo.record.heartbeat import heartbeat
@@ -56,12 +57,14 @@ def rollout_only(ready: Preflight) -> None:
             recorded=True,  # the weights stay what they are
         )
         rounds = config.rollout.dynamic_sampling_rounds
+        credit = PlanningCredit.of(config) if config.hicra.enabled else None
         for step in range(config.steps):
             with journal.step(step, FULL):
                 sampled = sample(step, rollouts, grader, journal, rounds=rounds)
                 groups, grades = sampled.groups, sampled.grades
                 journal.dump(groups, grades)
                 journal.note(measures.rollout_measures(groups, grades) | sampled.measures)
+                journal.note({} if credit is None else credit.watch(groups))
                 for warning in measures.warnings_of(grades):
                     journal.say(f"warning: {warning}")
         if speaks:

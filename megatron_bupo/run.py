@@ -26,6 +26,7 @@ from megatron_bupo.planning_credit import PlanningCredit
 from megatron_bupo.record.figure import draw_run
 from megatron_bupo.record.journal import Journal
 from megatron_bupo.record.mismatch import Mismatch
+from megatron_bupo.record.planning_figure import draw_planning
 from megatron_bupo.record.skipped import SkippedUpdates
 from megatron_bupo.record.summary import summarise
 from megatron_bupo.rewards.grader import Grading
@@ -174,10 +175,11 @@ class Run:
             with self.journal.doing("export"):
                 self._export()
         if dist.get_rank() == 0:
-            figure = draw_run(self.run_dir)
+            figures = [draw_run(self.run_dir), draw_planning(self.run_dir)]
+            plots = " and ".join(str(figure) for figure in figures if figure is not None)
             paragraph = summarise(self.run_dir, self.config, world_size=self.world)
             metrics = self.run_dir / "metrics.jsonl"
-            self.journal.conclude(f"\n{paragraph}\nmetrics {metrics}, plot {figure}")
+            self.journal.conclude(f"\n{paragraph}\nmetrics {metrics}, plot {plots}")
 
     def _export(self) -> None:
         model_dir, dtype = Path(expand(self.config.model.path)), self.config.model.dtype

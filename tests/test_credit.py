@@ -7,8 +7,11 @@ The demo's tokens are characters, and its responses `>13>16#16$` running sums, s
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -38,11 +41,15 @@ def plain(lines: list[dict[str, Any]]) -> list[float]:
     return told
 
 
-def planning(response: dict[str, Any]) -> list[bool]:
+def text_of(response: dict[str, Any]) -> str:
+    return "".join(CHARACTERS[token] for token in response["response_ids"])
+
+
+def planning(response: dict[str, Any], grams: Sequence[str] = GRAMS) -> list[bool]:
     """Which tokens are part of a gram, by a search for each."""
-    text = "".join(CHARACTERS[token] for token in response["response_ids"])
+    text = text_of(response)
     plans = [False] * len(text)
-    for gram in GRAMS:
+    for gram in grams:
         words = [re.escape(word) for word in gram.split()]
         before = r"(?<!\w)" if gram[0].isdigit() else ""
         after = r"(?!\w)" if gram[-1].isdigit() else ""
@@ -90,6 +97,78 @@ def test_planning_tokens_learn_more_in_the_steps_that_are_asked_for(
         else:
             assert "hicra/credited_tokens_fraction" not in known
     assert some
+
+
+WATCHED = {"> 9": 1, ">": 1, "#": 1, "+": 2, "=": 2}  # grams and their clusters
+
+
+def dumb_measures(lines: list[dict[str, Any]], full: bool) -> dict[str, float]:
+    """What a step logs of its planning tokens, from what was dumped of it, token by token."""
+    tokens = [
+        token
+        for line in lines
+        for token in zip(
+            planning(line, list(WATCHED)),
+            line["old_logprobs" if full else "rollout_logprobs"],
+            line["policy_entropies" if full else "entropies"],
+            strict=True,
+        )
+    ]
+    known = {"planning_tokens_fraction": fmean(plans for plans, *_ in tokens)}
+    for kind, kept in (("planning", True), ("execution", False)):
+        mine = [token for token in tokens if token[0] == kept]
+        known[f"{kind}_entropy_nats"] = fmean(entropy for *_, entropy in mine)
+        known[f"{kind}_perplexity"] = math.exp(-fmean(logprob for _, logprob, _ in mine))
+    forks = sorted(tokens, key=lambda token: -token[2])[: round(0.3 * len(tokens))]
+    both = sum(plans for plans, *_ in forks)
+    known["planning_among_forks_fraction"] = both / len(forks)
+    known["forks_among_planning_fraction"] = both / sum(plans for plans, *_ in tokens)
+    return {f"hicra/{name}": value for name, value in (known | dumb_entropies(lines)).items()}
+
+
+def dumb_entropies(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """The spread of the grams, their clusters, and of the words after them."""
+
+    def entropy(things: list[Any]) -> float:
+        shares = [things.count(thing) / len(things) for thing in set(things)]
+        return -sum(share * math.log(share) for share in shares)
+
+    # A look ahead, for a word may begin with the next gram
+    found = re.compile(r"(>9(?!\w)|[>#+=])(?=(\d+|.)?)")
+    pairs = [match.groups() for line in lines for match in found.finditer(text_of(line))]
+    grams = [gram.replace(">9", "> 9") for gram, _ in pairs]
+    known = {"semantic_entropy_nats": entropy(grams)}
+    known["semantic_cluster_entropy_nats"] = entropy([WATCHED[gram] for gram in grams])
+    followed = [pair for pair in pairs if pair[1]]
+    words = {gram: [word for g, word in followed if g == gram] for gram, _ in followed}
+    known["following_entropy_nats"] = sum(
+        len(after) / len(followed) * entropy(after) for after in words.values()
+    )
+    return known
+
+
+def test_a_run_that_only_watches_its_grams_trains_as_one_that_knows_none(bed: Bed, tmp_path: Path):
+    grams = tmp_path / "grams.yaml"
+    grams.write_text(json.dumps([{"gram": g, "cluster": c} for g, c in WATCHED.items()]))
+    short = [*QUIET, "steps=4", "bupo.internal_steps=2"]
+    plain_run = bed.train(tmp_path / "plain", *short)
+    watching = [*short, f"hicra.grams={grams}", "hicra.alpha=0"]
+    watched = bed.train(tmp_path / "watched", *watching)
+    assert [without_hicra(record) for record in watched] == plain_run
+    for step, known in enumerate(watched):
+        lines = steps_of(tmp_path / "watched")[step]
+        expected = dumb_measures(lines, full=known["policy"] == "full")
+        assert {name: known[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+        assert "hicra/credited_tokens_fraction" not in known
+    assert (tmp_path / "watched" / "planning.png").exists()
+    assert not (tmp_path / "plain" / "planning.png").exists()
+    [sampled] = bed.train(tmp_path / "sampled", *watching, "steps=1", "debug.rollout_only=true")
+    first = {name: value for name, value in watched[0].items() if name.startswith("hicra/")}
+    assert {name: sampled[name] for name in first} == pytest.approx(first, rel=1e-4)
+
+
+def without_hicra(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if not name.startswith("hicra/")}
 
 
 def test_a_placebo_weighs_as_many_other_tokens_of_each_response(

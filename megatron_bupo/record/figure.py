@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 
@@ -33,35 +34,50 @@ LOG_SCALE_FROM = 5.0  # times the full policy's entropy: above, both fit on one 
 
 def draw_run(run_dir: str | Path) -> Path:
     """Draw what `run_dir`/metrics.jsonl holds; returns the PNG, `run_dir`/training.png."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     records = read_metrics(run_dir)
     if not records:
         raise InputError(str(Path(run_dir) / FILE), "has no finished step to draw", "train first")
-    # A Figure of its own, not pyplot's: no global state, no display, nothing to close.
-    figure = Figure(figsize=(8.5, 6), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, 1, sharex=True)
+    figure, (above, below) = panels(records, rows=2, size=(8.5, 6))
     _draw_reward(above, records)
     _draw_entropy(below, records)
-    for axes in (above, below):
-        _mark_phases(axes, records)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-        axes.set_axisbelow(True)
-    _name_phases(above, records)
-    below.set_xlabel("steps trained")
-    below.set_xlim(records[0]["step"], records[-1]["step"] + 1)
-    below.xaxis.get_major_locator().set_params(integer=True)
     path = Path(run_dir) / FIGURE
     figure.savefig(path)
     return path
 
 
+def panels(
+    records: Sequence[Record], *, rows: int, columns: int = 1, size: tuple[float, float]
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `size` inches with empty axes over the run's steps, its phases marked in each and
+    named above the uppermost.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # A Figure of its own, not pyplot's: no global state, no display, nothing to close.
+    figure = Figure(figsize=size, layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+    every: list[Axes] = list(grid.flat)
+    for axes in every:
+        _mark_phases(axes, records)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+    for axes in grid[0]:
+        _name_phases(axes, records)
+    for axes in grid[-1]:
+        axes.set_xlabel("steps trained")
+    every[0].set_xlim(records[0]["step"], records[-1]["step"] + 1)
+    every[0].xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    return figure, every
+
+
 def _draw_reward(axes: Axes, records: Sequence[Record]) -> None:
-    steps, reward = _series(records, "rollout/reward_mean")
-    axes.plot(steps, reward, color=REWARD, linewidth=1.2, marker=_marker(steps), label="reward")
+    steps, reward = series(records, "rollout/reward_mean")
+    axes.plot(steps, reward, color=REWARD, linewidth=1.2, marker=marker(steps), label="reward")
     window = min(10, max(1, len(records) // 12))
     if window > 1:
         label = f"reward, mean of {window} steps"
@@ -93,14 +109,14 @@ def _draw_reward(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _draw_entropy(axes: Axes, records: Sequence[Record]) -> None:
-    steps, full = _series(records, "entropy/full_nats")
-    axes.plot(steps, full, color=FULL, linewidth=1.8, marker=_marker(steps), label="full policy")
+    steps, full = series(records, "entropy/full_nats")
+    axes.plot(steps, full, color=FULL, linewidth=1.8, marker=marker(steps), label="full policy")
     highest = 0.0
     label = "internal layer policy of the phase"
     for _, phase in _phases(records):
-        at, internal = _series(phase, "entropy/internal_nats")
+        at, internal = series(phase, "entropy/internal_nats")
         if any(math.isfinite(value) for value in internal):
-            axes.plot(at, internal, color=INTERNAL, linewidth=1.8, marker=_marker(at), label=label)
+            axes.plot(at, internal, color=INTERNAL, linewidth=1.8, marker=marker(at), label=label)
             label = None
             highest = max(highest, *(value for value in internal if math.isfinite(value)))
     finite = [value for value in full if math.isfinite(value)]
@@ -142,7 +158,7 @@ def _phases(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     return [(policy, list(steps)) for policy, steps in groupby(records, lambda r: r["policy"])]
 
 
-def _series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
+def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric; NaN, drawn as a gap, where a step does not have it."""
     return [r["step"] for r in records], [r.get(key, math.nan) for r in records]
 
@@ -154,6 +170,6 @@ def _trailing_mean(values: Sequence[float], window: int) -> list[float]:
     return [sum(span) / len(span) if span else math.nan for span in finite]
 
 
-def _marker(steps: Sequence[int]) -> str:
+def marker(steps: Sequence[int]) -> str:
     """Points where a line would be too short to see."""
     return "o" if len(steps) < 3 else ""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bupo.data.gram_files import read_grams
+from megatron_bupo.data.gram_files import read_clusters, read_grams
 from megatron_bupo.errors import InputError
 
 
@@ -34,6 +34,7 @@ def test_a_yaml_file_holds_grams_with_or_without_what_is_known_of_them(tmp_path:
         ("a.yaml", "grams: {let: me}", "has no list of grams"),
         ("a.yaml", "grams: [let me, 7]", "gram 2: 7 is not text"),
         ("a.yaml", "grams: [{grm: let me}]", "gram 1: None is not text"),
+        ("a.yaml", "grams: [{gram: let me, cluster: [1]}]", r"gram 1: cluster \[1\] is no"),
         ("a.yaml", "grams: [", "is not valid YAML"),
     ],
 )
@@ -47,3 +48,10 @@ def test_a_file_that_is_missing_or_no_text_is_refused(tmp_path: Path):
     for name in ("missing.yaml", "b.txt", "."):
         with pytest.raises(InputError, match="cannot be read"):
             read_grams(tmp_path / name)
+
+
+def test_clusters_are_those_of_the_grams_that_have_one(tmp_path: Path):
+    rows = "- {gram: let me, cluster: 3}\n- we can\n- {gram: wait, cluster: doubt}\n"
+    path = written(tmp_path, "grams.yaml", rows)
+    assert read_clusters(path) == {"let me": 3, "wait": "doubt"}
+    assert read_clusters(written(tmp_path, "grams.txt", "let me\n")) == {}
