@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from megatron_bupo.algorithm.planning_tokens import words_of
-from megatron_bupo.data.gram_files import read_grams
+from megatron_bupo.data.gram_files import read_clusters, read_grams
 from tests.small_tokenizers import byte_level
 from tools import bench_planning
 from tools.gram_mining import choose, cluster_frequencies, frequent_grams, read_words
+from tools.gram_placebo import NEAREST, placebos, solutions_with
 from tools.mine_strategic_grams import correct_solutions, main
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +75,47 @@ def test_a_cluster_counts_a_solution_once_and_the_most_frequent_share_is_chosen(
     assert sum(frequency > least for frequency in frequencies) < 3
     members = mined.members(int(mined.chosen[0]))
     assert {int(clusters[gram]) for gram in members} == {int(mined.chosen[0])}
+
+
+def test_placebos_are_as_long_and_as_frequent_as_strategic_grams_and_share_none_of_them():
+    texts = random_texts(4, count=300)
+    strategic = [
+        "let me check whether",
+        "we can find",
+        "so the",
+        "the sum let me",
+        "wait so that's",
+    ]
+    grams = frequent_grams(read_words(texts), shortest=2, min_solutions=1, max_per_solution=9)
+    solutions = solutions_with(strategic, texts)
+    joined = [f" {' '.join(words_of(text))} " for text in texts]
+    assert solutions == [sum(f" {gram} " in text for text in joined) for gram in strategic]
+    drawn = [placebos(strategic, solutions, grams, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for numbers in drawn:
+        assert len(set(numbers)) == len(strategic)
+        for gram, stands, number in zip(strategic, solutions, numbers, strict=True):
+            placebo = grams.texts[number]
+            assert len(placebo.split()) == len(gram.split())
+            assert not any(f" {s} " in f" {placebo} " or placebo in s for s in strategic)
+            gap = abs(grams.solutions[number] - stands)
+            nearer = [abs(k - stands) < gap for k in grams.solutions.tolist()]
+            alike = [len(text.split()) == len(gram.split()) for text in grams.texts]
+            assert sum(a and n for a, n in zip(alike, nearer, strict=True)) < 2 * NEAREST
+
+
+def test_a_file_of_placebos_is_what_hicra_reads(tmp_path: Path, capsys: pytest.CaptureFixture):
+    solutions, strategic = tmp_path / "s.jsonl", tmp_path / "grams.yaml"
+    solutions.write_text("\n".join(json.dumps({"text": text}) for text in random_texts(5)))
+    rows = [{"gram": "Let me check", "cluster": "checks"}, {"gram": "we can find the"}]
+    strategic.write_text(json.dumps({"grams": rows}))
+    out = tmp_path / "placebo.yaml"
+    argv = [str(solutions), f"--placebo={strategic}", f"--out={out}"]
+    assert main([*argv, "--min-solutions=2"]) == 0
+    assert [len(gram.split()) for gram in read_grams(out)] == [3, 4]
+    assert read_clusters(out) == {read_grams(out)[0]: "checks"}
+    assert main([*argv, "--min-solutions=39"]) == 2
+    assert "no n-gram of 4 words is left to stand for it" in capsys.readouterr().err
 
 
 def test_no_words_and_no_frequent_n_grams_are_none():

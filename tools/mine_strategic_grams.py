@@ -14,6 +14,12 @@ embedded is kept in --work: a run that was killed, or one with other thresholds,
 
 The result is a list to be edited by a person: n-grams that many solutions share are not yet ones
 that plan. Delete clusters and lines at will.
+
+Do these very words matter, or would any? For that ablation --placebo draws other n-grams from the
+same solutions, for each gram of a list one of as many words that stands in about as many solutions;
+train with it as `hicra.grams` (`hicra.mask=placebo` keeps the list and moves what it marks).
+
+    python tools/mine_strategic_grams.py solutions.jsonl --placebo grams.yaml --out placebo.yaml
 """
 
 from __future__ import annotations
@@ -32,11 +38,13 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).parents[1]))  # counting and clustering are modules beside
 
 from megatron_bupo import __version__
-from megatron_bupo.algorithm.planning_tokens import StrategicGrams
+from megatron_bupo.algorithm.planning_tokens import StrategicGrams, words_of
+from megatron_bupo.data.gram_files import read_clusters, read_grams
 from megatron_bupo.errors import InputError
 from megatron_bupo.record.rollout_files import find_steps
 from tools.gram_clusters import CONSOLE, clusters_of, embeddings_of, load, save
 from tools.gram_mining import Mined, Words, choose, frequent_grams, read_words
+from tools.gram_placebo import placebos, solutions_with
 
 TEXT_KEYS = ("text", "response", "solution")
 AROUND = 40  # characters of an example before and after its gram
@@ -73,7 +81,8 @@ def _arguments() -> argparse.ArgumentParser:
     add("--clusters", type=_positive, default=100, help="how many, of kmeans (100)")
     add("--share", type=float, default=0.2, help="of the clusters that is kept (0.2)")
     add("--model", type=Path, help="directory of another sentence-transformers model")
-    add("--seed", type=int, default=0, help="of kmeans")
+    add("--placebo", type=Path, metavar="GRAMS", help="draw n-grams to compare those in GRAMS with")
+    add("--seed", type=int, default=0, help="of kmeans and --placebo")
     add("--no-examples", action="store_true", help="quote no solutions")
     return parser
 
@@ -106,6 +115,9 @@ def mine(args: argparse.Namespace) -> None:
     CONSOLE.print(f"{len(texts):,} correct solutions")
     words = _kept_words(work, texts)
     least = args.min_solutions or max(5, len(texts) // 200)
+    if args.placebo is not None:
+        _draw(args, words, texts, least)
+        return
     grams = frequent_grams(words, min_solutions=least, max_per_solution=args.max_per_solution)
     CONSOLE.print(f"{len(grams.texts):,} n-grams in {least} solutions or more, sparing in each")
     if len(grams.texts) > args.max_grams:
@@ -136,6 +148,39 @@ def mine(args: argparse.Namespace) -> None:
     _write(args.out, to_yaml(mined, settings, args.source, examples))
     members, chosen = sum(map(len, map(mined.members, mined.chosen))), len(mined.chosen)
     CONSOLE.print(f"{args.out}: {members:,} grams in {chosen} clusters; now read them")
+
+
+def _draw(args: argparse.Namespace, words: Words, texts: Sequence[str], least: int) -> None:
+    """Placebos for the grams of `args.placebo`, to `args.out`."""
+    strategic, clusters = read_grams(args.placebo), read_clusters(args.placebo)
+    lengths = [len(words_of(gram)) for gram in strategic]
+    grams = frequent_grams(
+        words,
+        shortest=min(lengths),
+        longest=max(lengths),
+        min_solutions=least,
+        max_per_solution=args.max_per_solution,
+    )
+    solutions = solutions_with(strategic, texts)
+    drawn = placebos(strategic, solutions, grams, seed=args.seed)
+    lines = [
+        f"# Placebos for {args.placebo.name}, by tools/mine_strategic_grams.py --placebo.",
+        f"source: {_quoted(args.source)}",
+        f"drawn: {{solutions: {len(texts)}, min_solutions: {least}, seed: {args.seed}}}",
+        "grams:",
+    ]
+    for gram, stood, number in zip(strategic, solutions, drawn, strict=True):
+        fields = {"gram": _quoted(grams.texts[number]), "solutions": grams.solutions[number]}
+        if gram in clusters:
+            fields["cluster"] = _quoted(clusters[gram])
+        fields |= {"for": _quoted(gram), "for_solutions": stood}
+        lines.append(f"  - {{{', '.join(f'{key}: {v}' for key, v in fields.items())}}}")
+    _write(args.out, "\n".join(lines) + "\n")
+    means = [sum(counts) / len(drawn) for counts in (grams.solutions[drawn].tolist(), solutions)]
+    CONSOLE.print(
+        f"{args.out}: {len(drawn)} grams, each in {means[0]:.1f} solutions on average; "
+        f"those that they stand for are in {means[1]:.1f}"
+    )
 
 
 def _files(path: Path) -> list[Path]:
@@ -226,7 +271,7 @@ def to_yaml(
     return "\n".join(lines) + "\n"
 
 
-def _quoted(text: str) -> str:
+def _quoted(text: str | int) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
