@@ -18,6 +18,7 @@ from megatron_bupo.data.order import PromptStream
 from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.engines import benchmarks, prompt_stream, rollout_engine, sampling_at
 from megatron_bupo.mcore import checkpoint, parallel
+from megatron_bupo.mcore.critic import build_critic
 from megatron_bupo.mcore.phase_actor import plan_actor
 from megatron_bupo.planning_credit import PlanningCredit
 from megatron_bupo.preflight import Preflight
@@ -43,9 +44,8 @@ def build(ready: Preflight) -> Run:
         # early: its process starts while the rest loads
         grader = replay or Grader(config.reward, max_response_tokens=most)
         stack.callback(grader.close)
-        newest = checkpoints.newest_checkpoint(run_dir)
-        first_step, path = newest or (0, None)
-        schedule = PhaseSchedule.of(config.bupo.phases(), read_out_norm=config.bupo.read_out_norm)
+        first_step, path = checkpoints.newest_checkpoint(run_dir) or (0, None)
+        schedule = _schedule(config)
         plan = plan_actor(schedule.policy_at(first_step), arch, config, ready.layout.world)
         stack.enter_context(parallel.joined(plan.layout, seed=config.seed))
         tokenizer = load_tokenizer(expand(config.model.tokenizer or config.model.path))
@@ -58,8 +58,9 @@ def build(ready: Preflight) -> Run:
         )
         stack.callback(engine.close)
         trainer = plan.build()
+        critic = None if ready.critic is None else build_critic(ready.critic, config)
         if path is not None:
-            checkpoint.load(trainer, path)
+            checkpoint.load(trainer, path, critic=critic)
         journal = stack.enter_context(
             Journal(run_dir, config, first_step=first_step, speaks=dist.get_rank() == 0)
         )
@@ -70,6 +71,7 @@ def build(ready: Preflight) -> Run:
             architecture=arch,
             run_dir=run_dir,
             trainer=trainer,
+            critic=critic,
             engine=engine,
             grader=grader,
             rollouts=_rollouts(config, engine, prompts, schedule, first_step),
@@ -77,7 +79,8 @@ def build(ready: Preflight) -> Run:
             schedule=schedule,
             credit=PlanningCredit.of(config) if config.hicra.enabled else None,
             journal=journal,
-            skipped=SkippedUpdates(config.optimizer.max_skipped_updates),
+            skipped=SkippedUpdates(config.optimizer),
+            critic_skipped=SkippedUpdates(config.critic.optimizer, of_critic=True),
             mismatch=Mismatch(config),
             pad_id=0,  # masked out everywhere: any id will do
             first_step=first_step,
@@ -91,6 +94,15 @@ def build(ready: Preflight) -> Run:
         engine.wait_until_up(journal.say)
         run.closing = stack.pop_all()
         return run
+
+
+def _schedule(config: Config) -> PhaseSchedule:
+    """Which policy each step trains."""
+    return PhaseSchedule.of(
+        config.bupo.phases(),
+        read_out_norm=config.bupo.read_out_norm,
+        resting_steps=config.resting_steps,
+    )
 
 
 def _tell(journal: Journal, ready: Preflight, path: Path | None) -> None:
@@ -132,6 +144,8 @@ def _notes(config: Config, path: Path | None) -> Iterator[str]:
     for damaged in checkpoints.damaged_checkpoints(run_dir):
         yield f"passing over {damaged}: not whole"
     yield f"resuming at step {before['step']} from {path}"
+    if before.get("critic_architecture") and not config.has_critic:
+        yield "leaving the checkpoint's critic behind"
     yield from _changes(before["config"], flatten(config))
 
 

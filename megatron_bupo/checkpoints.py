@@ -5,6 +5,7 @@ them.
 
     run_dir/checkpoints/step_000020/            the state before step 20
     run_dir/checkpoints/step_000020/hf/         config, tokenizer, ... of the model it began with
+    run_dir/checkpoints/step_000020/critic/     the same of PPO's critic, if there is one
     run_dir/checkpoints/step_000020/run.json    its seal: written last, every other file's size
     run_dir/checkpoints/.step_000040.partial/   being written, or left by a kill; never read
 
@@ -25,6 +26,7 @@ from typing import Any
 from megatron_bupo.errors import InputError
 
 SEAL = "run.json"
+CRITIC = "critic"
 SIDE = "hf"  # directory with what stands beside HF weights, for the way back to them
 _NAME = re.compile(r"step_(\d{6,})")
 

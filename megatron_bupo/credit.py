@@ -1,13 +1,14 @@
-"""What is each response token worth? From grades to the advantages that updates weigh."""
+"""What is each response token worth? From grades to the advantages that updates weigh, and to the
+returns that PPO's critic learns.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from megatron_bupo.algorithm.advantages import token_advantages
+from megatron_bupo.algorithm.advantages import critic_advantages, token_advantages
 from megatron_bupo.algorithm.kl import kl_estimates
 from megatron_bupo.config.schema import AlgorithmConfig
 from megatron_bupo.types import Grade, RolloutGroup, TokenBatch
@@ -26,23 +27,38 @@ def learners(
     return batch.with_learners(torch.tensor(ended))
 
 
-def advantages(
-    grades: Sequence[Sequence[Grade]], batch: TokenBatch, algorithm: AlgorithmConfig
-) -> Tensor:
-    """What each response token is worth, `[responses, tokens]`: the response's reward, where the KL
-    to the reference counts there less that, beside those of others.
+def credited(
+    batch: TokenBatch, grades: Sequence[Sequence[Grade]], algorithm: AlgorithmConfig
+) -> TokenBatch:
+    """The batch with what each response token is worth: the response's reward, where the KL to the
+    reference counts there less that, beside those of others, or, with gae, beside what the batch's
+    `values` foresaw; then with the returns too.
     """
+    rewards = torch.tensor([[grade.reward for grade in group] for group in grades])
     kl = None
-    if algorithm.kl_coefficient and algorithm.kl_in == "reward":
+    # No reference log-probs: while the critic learns alone the policy is its own reference
+    if batch.ref_logprobs is not None and algorithm.kl_in == "reward":
         assert batch.old_logprobs is not None
-        assert batch.ref_logprobs is not None
         old, ref = batch.old_logprobs.double(), batch.ref_logprobs.double()
         kl = kl_estimates(old, ref, estimator=algorithm.kl_estimator)
-    return token_advantages(
-        torch.tensor([[grade.reward for grade in group] for group in grades]),
+    if batch.values is None:
+        advantages = token_advantages(
+            rewards,
+            batch.learning_mask,
+            estimator=algorithm.advantage,
+            normalize_by_std=algorithm.normalize_by_std,
+            kl=kl,
+            kl_coefficient=algorithm.kl_coefficient,
+        )
+        return batch.with_advantages(advantages)
+    advantages, returns = critic_advantages(
+        rewards,
+        batch.values,
         batch.learning_mask,
-        estimator=algorithm.advantage,
-        normalize_by_std=algorithm.normalize_by_std,
+        gamma=algorithm.gamma,
+        gae_lambda=algorithm.gae_lambda,
+        whiten=algorithm.normalize_by_std,
         kl=kl,
         kl_coefficient=algorithm.kl_coefficient,
     )
+    return batch.with_advantages(advantages).with_returns(returns)

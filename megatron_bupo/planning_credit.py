@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from megatron_bupo import collective
-from megatron_bupo.algorithm.bupo import FULL, Policy
+from megatron_bupo.algorithm.bupo import FULL, NO_POLICY, Policy
 from megatron_bupo.algorithm.hicra import displaced, most_uncertain, planning_advantages
 from megatron_bupo.algorithm.planning_measures import Planning, Use, uses
 from megatron_bupo.algorithm.planning_tokens import StrategicGrams, inside
@@ -54,7 +54,8 @@ class PlanningCredit:
 
     def is_on(self, step: int, policy: Policy) -> bool:
         """Do some tokens count more in `step`, which trains `policy`?"""
-        return self.config.hicra.is_on(step, internal=policy != FULL)
+        on = self.config.hicra.is_on(step, internal=policy != FULL)
+        return on and policy != NO_POLICY
 
     def needs_entropies(self, step: int, policy: Policy) -> bool:
         """Must the full policy's entropies be known to say which tokens these are?"""

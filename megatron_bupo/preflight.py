@@ -20,7 +20,7 @@ from megatron_bupo.algorithm.bupo import PhaseSchedule, depth_of
 from megatron_bupo.checkpoints import newest_checkpoint, read_run
 from megatron_bupo.config import expand, flatten
 from megatron_bupo.config.checks import check, check_against_model
-from megatron_bupo.config.critic_rules import refuse_critic_of_unknown
+from megatron_bupo.config.critic_rules import check_critic_against_model, refuse_critic_of_unknown
 from megatron_bupo.config.layout import Layout
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
@@ -47,20 +47,22 @@ class Preflight:
     architecture: DecoderSizes
     layout: Layout
     notes: tuple[str, ...] = ()  # what there is to say about the data
+    critic: Architecture | None = None  # of PPO's critic, if there is one
 
 
 def preflight(config: Config, world_size: int | None) -> Preflight:
     """Check everything; `world_size` ranks under torchrun, None where we start the ranks."""
     layout = check(config, world_size)
     architecture = check_files(config)
+    critic = check_critic(config)
     notes = check_data(config)
-    check_resumption(config, architecture)
+    check_resumption(config, architecture, critic)
     _check_debugging(config, architecture)
     if config.megatron:
         from megatron_bupo.mcore.native import check_native
 
         check_native(config.megatron)
-    return Preflight(config, architecture, layout, notes)
+    return Preflight(config, architecture, layout, notes, critic)
 
 
 def check_files(config: Config) -> DecoderSizes:
@@ -107,6 +109,41 @@ def check_model(config: Config, *, training: bool = True) -> DecoderSizes:
     return architecture
 
 
+def check_critic(config: Config) -> Architecture | None:
+    """The checkpoint that PPO's critic begins with is whole, fits the layout, and means the same by
+    a token id as the policy. Its size may be another.
+    """
+    if not config.has_critic:
+        return None
+    model_dir = expand(config.of_critic.model.path)
+    try:
+        critic = read_architecture(model_dir, value_head=True)
+        check_critic_against_model(config, critic)
+        check_tensors(critic, read_index(model_dir))
+        if config.critic.path is not None:
+            _check_critic_vocabulary(config, critic)
+    except InputError as error:
+        where, *rest = error.args
+        named = config.critic.path is None or where.startswith("critic.")
+        raise InputError(where if named else f"critic.path: {where}", *rest) from None
+    return critic
+
+
+def _check_critic_vocabulary(config: Config, critic: Architecture) -> None:
+    where, way_out = f"critic.path={config.critic.path}", "name a model with the policy's tokenizer"
+    policys = _vocabulary(config.model.tokenizer or config.model.path)
+    own = policys
+    if (Path(expand(config.critic.path or "")) / TOKENIZER_FILE).exists():
+        own = _vocabulary(config.critic.path or "")
+    for token, index in policys.items():
+        if own.get(token) != index:
+            reason = f"its tokenizer has another id for {token!r} than the policy's, {index}"
+            raise InputError(where, reason, way_out)
+        if index >= critic.vocab_size:
+            reason = f"its vocabulary ends at {critic.vocab_size - 1}, but {token!r} is {index}"
+            raise InputError(where, reason, way_out)
+
+
 def _read_architecture(config: Config) -> DecoderSizes:
     """What config.json describes; where our table does not know it, in Megatron-Bridge's words."""
     model_dir = expand(config.model.path)
@@ -122,9 +159,11 @@ def _read_architecture(config: Config) -> DecoderSizes:
     return read_sizes(config)
 
 
-def check_resumption(config: Config, architecture: DecoderSizes) -> None:
+def check_resumption(
+    config: Config, architecture: DecoderSizes, critic: Architecture | None = None
+) -> None:
     """The checkpoint that the run would go on from is of this model and this kind of optimizer,
-    and the actor that goes on has a place for all that it trained.
+    the actor that goes on has a place for all that it trained, and a critic can go on too.
     """
     newest = newest_checkpoint(Path(expand(config.run_dir)))
     if newest is None:
@@ -137,12 +176,24 @@ def check_resumption(config: Config, architecture: DecoderSizes) -> None:
             was, now = (v if isinstance(v, str) else json.dumps(v) for v in (was, now))
             reason = f"{path} holds the state of an optimizer with {key}={was}, which does not fit"
             raise InputError(f"{key}={now}", reason, f"set {key}={was}, or choose another run_dir")
-    for name, was, now in other_than_before(before["architecture"], architecture):
-        raise InputError(
-            f"model.path={config.model.path}",
-            f"is a model with {name}={now}, but {path} is of one with {name}={was}",
-            "name the model that the run began with, or choose another run_dir",
-        )
+    models = [("model.path", config.model.path, before["architecture"], architecture)]
+    if critic is not None:
+        key = "model.path" if config.critic.path is None else "critic.path"
+        its = before.get("critic_architecture")
+        if its is None:
+            raise InputError(
+                "algorithm.advantage=gae",
+                f"{path} holds no critic, and one that has learned nothing would judge its policy",
+                "choose another run_dir; `megatron-bupo convert` makes a model.path of it",
+            )
+        models.append((key, config.of_critic.model.path, its, critic))
+    for key, folder, then, sizes in models:
+        for name, was, now in other_than_before(then, sizes):
+            raise InputError(
+                f"{key}={folder}",
+                f"is a model with {name}={now}, but {path} is of one with {name}={was}",
+                "name the model that the run began with, or choose another run_dir",
+            )
     policy = PhaseSchedule.of(config.bupo.phases()).policy_at(step)
     if config.bupo.internal_layout is not None and (
         depth_of(policy, architecture.layers) < before["trained_layers"]
@@ -186,23 +237,17 @@ def _check_debugging(config: Config, architecture: DecoderSizes) -> None:
 
 def check_vocabulary(config: Config, architecture: DecoderSizes) -> None:
     """Every token id has a row in the embedding. Rows without a token are common, and fine."""
-    from tokenizers import Tokenizer
-
     named = config.model.tokenizer
     where = f"model.path={config.model.path}" if named is None else f"model.tokenizer={named}"
-    file = Path(expand(named or config.model.path)) / TOKENIZER_FILE
-    if not file.exists():
+    folder = named or config.model.path
+    if not (Path(expand(folder)) / TOKENIZER_FILE).exists():
         raise InputError(
             where,
             f"the directory has no {TOKENIZER_FILE}",
             "set model.tokenizer to a directory that has one; AutoTokenizer.from_pretrained(...)."
             "save_pretrained(DIR) writes it",
         )
-    try:
-        json.loads(file.read_bytes())
-        vocabulary = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise InputError(str(file), f"cannot be read ({error})", "restore it") from None
+    vocabulary = _vocabulary(folder)
     token = max(vocabulary, key=vocabulary.__getitem__, default="")
     if vocabulary.get(token, 0) >= architecture.vocab_size:
         raise InputError(
@@ -211,6 +256,18 @@ def check_vocabulary(config: Config, architecture: DecoderSizes) -> None:
             f"vocabulary ends at {architecture.vocab_size - 1}",
             "set model.tokenizer to the tokenizer of this model",
         )
+
+
+def _vocabulary(folder: str) -> dict[str, int]:
+    """The id of every token that the tokenizer in `folder` knows."""
+    from tokenizers import Tokenizer
+
+    file = Path(expand(folder)) / TOKENIZER_FILE
+    try:
+        json.loads(file.read_bytes())
+        return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise InputError(str(file), f"cannot be read ({error})", "restore it") from None
 
 
 def prepare(config: Config) -> None:

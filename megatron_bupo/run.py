@@ -20,6 +20,7 @@ from megatron_bupo.hf.architecture import DecoderSizes
 from megatron_bupo.hf.tensors import exported_tensors
 from megatron_bupo.hf.writer import write_checkpoint
 from megatron_bupo.mcore import checkpoint
+from megatron_bupo.mcore.critic import MegatronCritic
 from megatron_bupo.mcore.phase_actor import ActorPlan, plan_actor
 from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.planning_credit import PlanningCredit
@@ -44,6 +45,7 @@ class Run:
     architecture: DecoderSizes
     run_dir: Path
     trainer: MegatronTrainer  # of the present phase, see `have_actor_for`
+    critic: MegatronCritic | None
     engine: RolloutEngine
     grader: Grading
     rollouts: RolloutStream
@@ -52,6 +54,7 @@ class Run:
     credit: PlanningCredit | None  # to planning tokens; None: all tokens count alike
     journal: Journal
     skipped: SkippedUpdates
+    critic_skipped: SkippedUpdates
     mismatch: Mismatch
     pad_id: int
     first_step: int
@@ -153,11 +156,17 @@ class Run:
             "step": step,
             "config": flatten(self.config),
             "architecture": asdict(self.architecture),
+            "critic_architecture": self.critic and asdict(self.critic.arch),
             "trained_layers": max(self.trained_layers, depth_of(last, self.architecture.layers)),
         }
         with self.journal.doing("checkpoint"):
             checkpoint.save(
-                self.trainer, self.run_dir, step, state, keep=self.config.checkpoint.keep
+                self.trainer,
+                self.run_dir,
+                step,
+                state,
+                keep=self.config.checkpoint.keep,
+                critic=self.critic,
             )
 
     def save_learned(self) -> None:

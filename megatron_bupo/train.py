@@ -2,17 +2,18 @@
 it.
 
 Responses come from the full policy in every phase; which policy learns from them is `schedule`'s
-answer. With `bupo.internal_steps=0` it is GRPO, to the bit.
+answer. With `bupo.internal_steps=0` it is GRPO, to the bit. PPO's critic, where there is one, says
+before the updates what responses will earn, and learns beside the policy, whichever that is.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_bupo.algorithm.bupo import FULL, Policy
+from megatron_bupo.algorithm.bupo import FULL, NO_POLICY, Policy
 from megatron_bupo.build import build
 from megatron_bupo.config.schema import Config
-from megatron_bupo.credit import advantages, learners
+from megatron_bupo.credit import credited, learners
 from megatron_bupo.data.packing import pack
 from megatron_bupo.errors import RunStopped
 from megatron_bupo.mcore.learning_rate import learning_rate
@@ -21,7 +22,7 @@ from megatron_bupo.record import measures
 from megatron_bupo.record.rollout_files import Learned
 from megatron_bupo.run import Run
 from megatron_bupo.sample import sample
-from megatron_bupo.types import TokenBatch
+from megatron_bupo.types import TokenBatch, UpdateReport
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,15 +65,13 @@ def train_step(run: Run, step: int) -> None:
         full = scores if policy == FULL else None
         if full is None and (must_compare(step, policy, config) or needs_entropies(step, run)):
             full = full_scores(batch, run)
-        batch = batch.with_advantages(advantages(grades, batch, config.algorithm))
+        batch = credited(with_values(batch, run), grades, config.algorithm)
         planning = run.planning_of(batch, groups)
         batch = with_planning_credit(batch, planning, step, run, full)
-        lr = learning_rate(step, config, phase_start=run.schedule.phase_start(step))
-        with journal.doing("update"):
-            minibatches = batch.minibatches(config.algorithm.minibatches)
-            updates = [trainer.update(minibatch, policy, lr=lr) for minibatch in minibatches]
+        update_critic(batch, step, run)
+        updates = update_policy(batch, policy, step, run)
         run.learned = step + 1
-        scores = scores or updates[0].scores
+        scores = scores or (updates[0].scores if updates else None)
         full = scores if policy == FULL else full
         journal.dump(groups, grades, Learned(policy, batch, scores))
         run.warn(run.skipped.after(step, updates))
@@ -84,7 +83,6 @@ def train_step(run: Run, step: int) -> None:
         run.warn(run.mismatch.after(step, known))
         journal.note(run.rollouts.measures())
         journal.note(measures.rollout_measures(groups, grades) | sampled.measures)
-        journal.note(measures.update_measures(updates, lr))
         run.measure_planning(planning, batch, groups, full)
         run.warn(measures.warnings_of(grades))
         if config.evaluation.every and (step + 1) % config.evaluation.every == 0:
@@ -116,6 +114,8 @@ def with_logprobs(
     """
     algorithm, temperature = run.config.algorithm, run.config.rollout.temperature
     scores = None
+    if policy == NO_POLICY:
+        return batch, scores
     if algorithm.needs_old_logprobs:
         with run.journal.doing("old_logprobs"):
             scores = run.trainer.logprobs(batch, policy, temperature=temperature)
@@ -125,6 +125,40 @@ def with_logprobs(
             ref = run.trainer.ref_logprobs(batch, policy, temperature=temperature)
         batch = batch.with_ref_logprobs(ref)
     return batch, scores
+
+
+def with_values(batch: TokenBatch, run: Run) -> TokenBatch:
+    """The batch with what the critic, if there is one, foresees of its responses."""
+    if run.critic is None:
+        return batch
+    with run.journal.doing("values"):
+        return batch.with_values(run.critic.values(batch))
+
+
+def update_critic(batch: TokenBatch, step: int, run: Run) -> None:
+    """The critic's updates of a step, towards the returns of `batch`."""
+    if run.critic is None:
+        return
+    own = run.critic.config
+    lr = learning_rate(step, own)
+    with run.journal.doing("update_critic"):
+        minibatches = batch.minibatches(own.algorithm.minibatches)
+        updates = [run.critic.update(minibatch, lr=lr) for minibatch in minibatches]
+    run.journal.note(measures.critic_measures(batch))
+    run.journal.note(measures.update_measures(updates, lr, area="critic"))
+    run.warn(run.critic_skipped.after(step, updates))
+
+
+def update_policy(batch: TokenBatch, policy: Policy, step: int, run: Run) -> list[UpdateReport]:
+    """The updates of a step, of the policy that it trains."""
+    if policy == NO_POLICY:
+        return []
+    lr = learning_rate(step, run.config, phase_start=run.schedule.phase_start(step))
+    with run.journal.doing("update"):
+        minibatches = batch.minibatches(run.config.algorithm.minibatches)
+        updates = [run.trainer.update(minibatch, policy, lr=lr) for minibatch in minibatches]
+    run.journal.note(measures.update_measures(updates, lr))
+    return updates
 
 
 def needs_entropies(step: int, run: Run) -> bool:

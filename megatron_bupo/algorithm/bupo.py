@@ -12,7 +12,7 @@ policy that trains. The gradient of pi_l reaches the embedding, layers 1..l and 
 (appendix A.4).
 
 A schedule is a list of `(layer, steps)` stages from the bottom up; the paper's hard switch is one
-stage.
+stage. While PPO's critic warms up no policy trains at all, and the first stage comes after that.
 """
 
 from __future__ import annotations
@@ -42,26 +42,38 @@ class InternalLayerPolicy:
         return f"internal layer {self.layer}"
 
 
-Policy = FullPolicy | InternalLayerPolicy
-FULL = FullPolicy()
+@dataclass(frozen=True)
+class NoPolicy:
+    """None yet: PPO's critic learns alone."""
+
+    def __str__(self) -> str:
+        return "critic alone"
+
+
+Policy = FullPolicy | InternalLayerPolicy | NoPolicy
+FULL, NO_POLICY = FullPolicy(), NoPolicy()
 
 
 @dataclass(frozen=True)
 class PhaseSchedule:
     """Internal stages bottom-up, then the full policy for good. No stages: GRPO."""
 
-    stages: tuple[tuple[InternalLayerPolicy, int], ...] = ()
+    stages: tuple[tuple[InternalLayerPolicy | NoPolicy, int], ...] = ()
 
     @classmethod
-    def of(cls, stages: Iterable[Sequence[int]], *, read_out_norm: bool = False) -> PhaseSchedule:
-        """The schedule of `(layer, steps)` pairs; pairs with no steps drop out."""
-        return cls(
-            tuple(
-                (InternalLayerPolicy(layer, read_out_norm), steps)
-                for layer, steps in stages
-                if steps
-            )
-        )
+    def of(
+        cls,
+        stages: Iterable[Sequence[int]],
+        *,
+        read_out_norm: bool = False,
+        resting_steps: int = 0,
+    ) -> PhaseSchedule:
+        """The schedule of `(layer, steps)` pairs, after `resting_steps` without a policy; pairs
+        with no steps drop out.
+        """
+        internal = [(InternalLayerPolicy(layer, read_out_norm), n) for layer, n in stages if n]
+        rest = [(NO_POLICY, resting_steps)] if resting_steps else []
+        return cls((*rest, *internal))
 
     def policy_at(self, step: int) -> Policy:
         """The policy that `step` (counted from 0) trains."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 
 from megatron_bupo.config.load import flatten
+from megatron_bupo.config.optimizer_rules import check_critic_optimizer_against_model
+from megatron_bupo.config.parallel_rules import ModelSizes, check_parallel_against_model
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
 
@@ -28,14 +30,28 @@ def check_critic(config: Config) -> None:
         )
 
 
+def check_critic_against_model(config: Config, critic: ModelSizes) -> None:
+    """The rules that need the critic's sizes, which may be others than the policy's."""
+    check_parallel_against_model(config, critic)
+    check_critic_optimizer_against_model(config, critic)
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    if prompt + response > critic.max_positions:
+        raise InputError(
+            f"data.max_prompt_tokens={prompt}, rollout.max_response_tokens={response}",
+            f"together exceed the critic's {critic.max_positions} positions",
+            "choose less, or a critic with more positions",
+        )
+
+
 def refuse_critic_of_unknown(config: Config, family: str) -> None:
     """A model that only Megatron-Bridge knows, of the architecture `family`, has no critic."""
-    if config.has_critic:
+    if config.has_critic and config.critic.path is None:
         raise InputError(
             f"algorithm.advantage=gae, model.path={config.model.path}",
             f"a critic begins with the weights of a model that we read ourselves, and {family} is "
             "opened by Megatron-Bridge",
-            "choose an advantage without a critic, such as algorithm.advantage=rloo",
+            "name one by critic.path, or choose an advantage without a critic, such as "
+            "algorithm.advantage=rloo",
         )
 
 

@@ -46,11 +46,14 @@ def check_optimizer_against_model(config: Config, model: ModelSizes) -> None:
             "set optimizer.lr_factors.embedding for both",
         )
     _something_is_trained(config, model)
-    if config.has_critic:
-        factors = config.critic.optimizer.lr_factors
-        _layers_are_the_models(factors, CRITIC, model)
-        if _frozen(factors) >= {*CRITIC_PARTS, *range(1, model.layers + 1)}:
-            raise _frozen_altogether(CRITIC, factors, "critic")
+
+
+def check_critic_optimizer_against_model(config: Config, critic: ModelSizes) -> None:
+    """The same for the critic."""
+    factors = config.critic.optimizer.lr_factors
+    _layers_are_the_models(factors, CRITIC, critic)
+    if _frozen(factors) >= {*CRITIC_PARTS, *range(1, critic.layers + 1)}:
+        raise _frozen_altogether(CRITIC, factors, "critic")
 
 
 def _check_adamw(optimizer: OptimizerConfig, where: str, parts: tuple[str, ...]) -> None:
@@ -119,7 +122,7 @@ def _layers_are_the_models(factors: Mapping[str, float], where: str, model: Mode
         if layers is not None and layers[-1] > model.layers:
             raise InputError(
                 f"{where}.lr_factors.{key}={factor:g}",
-                f"the model has {model.layers} layers",
+                f"the {'critic' if where == CRITIC else 'model'} has {model.layers} layers",
                 f"choose 1..{model.layers}",
             )
 

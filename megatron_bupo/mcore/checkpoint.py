@@ -1,7 +1,8 @@
 """Everything a step depends on, in Megatron's torch_dist format, which any layout can load.
 
-Weights, optimizer moments and each unit's own step counter, and every random number generator; the
-loop adds its own plain values. `megatron_bupo.checkpoints` says when a directory of these is whole.
+Weights, optimizer moments and each unit's own step counter, and every random number generator; of
+PPO's critic the same in a directory of its own. The loop adds its own plain values, and
+`megatron_bupo.checkpoints` says when a directory of these is whole.
 
 Each layer has keys of its own, so an actor that has fewer layers than the checkpoint loads what it
 has, and of one that has more the layers above stay as they were built: with the initial weights
@@ -38,6 +39,8 @@ from megatron_bupo import checkpoints
 from megatron_bupo.config import expand
 from megatron_bupo.config.layout import parallel_sizes
 from megatron_bupo.hf.writer import copy_side_files
+from megatron_bupo.mcore.critic import MegatronCritic
+from megatron_bupo.mcore.learner import LearningModel
 from megatron_bupo.mcore.torch_dist import METADATA
 from megatron_bupo.mcore.trainer import MegatronTrainer
 
@@ -45,30 +48,44 @@ _LAYER = re.compile(r"\bdecoder\.layers\.(\d+)\.")
 
 
 def save(
-    trainer: MegatronTrainer, run_dir: Path, step: int, run: Mapping[str, Any], *, keep: int
+    trainer: MegatronTrainer,
+    run_dir: Path,
+    step: int,
+    run: Mapping[str, Any],
+    *,
+    keep: int,
+    critic: MegatronCritic | None = None,
 ) -> None:
     """Write the state before `step`, with the loop's own plain values `run`; then drop all but
     `keep`. Collective.
     """
+    work = checkpoints.partial_path(run_dir, step)
     if dist.get_rank() == 0:
         checkpoints.begin(run_dir, step)
     dist.barrier()
-    state: dict[str, Any] = {**_sharded_state(trainer, loading=False)}
-    state["common"] = {
-        "steps_by_unit": dict(trainer.optimizer.steps),
-        "layers": trainer.arch.layers,
-        "layout": _layout(trainer),
-    }
-    state["rng"] = _rng_object(_rng_state())
-    with _writing_in_this_process():
-        work = checkpoints.partial_path(run_dir, step)
-        dist_checkpointing.save(_keyed(state), str(work), **_release_options())
+    _write(trainer, work, {"rng": _rng_object(_rng_state())})
+    if critic is not None:
+        (work / checkpoints.CRITIC).mkdir(exist_ok=True)
+        dist.barrier()
+        _write(critic, work / checkpoints.CRITIC, {})
     dist.barrier()
     if dist.get_rank() == 0:
-        _copy_side_files(trainer, checkpoints.partial_path(run_dir, step))
+        _copy_side_files(trainer, work)
         checkpoints.seal(run_dir, step, run)
         checkpoints.drop_old(run_dir, keep=keep)
     dist.barrier()
+
+
+def _write(model: LearningModel, folder: Path, beside: Mapping[str, Any]) -> None:
+    """Write weights and optimizer of `model` to `folder`, with what belongs `beside` them."""
+    state: dict[str, Any] = {**_sharded_state(model, loading=False), **beside}
+    state["common"] = {
+        "steps_by_unit": dict(model.optimizer.steps),
+        "layers": model.arch.layers,
+        "layout": _layout(model),
+    }
+    with _writing_in_this_process():
+        dist_checkpointing.save(_keyed(state), str(folder), **_release_options())
 
 
 def _copy_side_files(trainer: MegatronTrainer, work: Path) -> None:
@@ -80,39 +97,45 @@ def _copy_side_files(trainer: MegatronTrainer, work: Path) -> None:
         copy_side_files(model_dir, work / checkpoints.SIDE)
 
 
-def load(trainer: MegatronTrainer, path: Path) -> None:
-    """Put the state at `path` into `trainer` and, under the same layout, this process. Layers that
-    the checkpoint does not have stay as they are. Collective.
+def load(trainer: MegatronTrainer, path: Path, *, critic: MegatronCritic | None = None) -> None:
+    """Put the state at `path` into `trainer`, `critic` and, under the same layout, this process.
+    Layers that the checkpoint does not have stay as they are. Collective.
     """
+    if critic is not None:
+        _read(critic, path / checkpoints.CRITIC, with_rng=False)
+    _read(trainer, path, with_rng=True)
+
+
+def _read(model: LearningModel, path: Path, *, with_rng: bool) -> None:
     common = dist_checkpointing.load_common_state_dict(str(path))["common"]
-    whole = common["layers"] >= trainer.arch.layers
-    state = _sharded_state(trainer, loading=whole)
+    whole = common["layers"] >= model.arch.layers
+    state = _sharded_state(model, loading=whole)
     wanted = _keyed(state if whole else _keeping_above(common["layers"], state))
-    same_place = common["layout"] == _layout(trainer)
-    if same_place:
+    with_rng &= common["layout"] == _layout(model)
+    if with_rng:
         wanted["rng"] = _rng_object(None)
     loaded: Any = dist_checkpointing.load(wanted, str(path))
-    if same_place:
+    if with_rng:
         _set_rng_state(loaded["rng"])
     loaded = _filled(state, loaded)
-    for i, chunk in enumerate(trainer.gpt_chunks):
+    for i, chunk in enumerate(model.gpt_chunks):
         chunk.load_state_dict(loaded[f"model{i}"], strict=False)  # extra states are optional
-    trainer.optimizer.load(loaded["optimizer"], common["steps_by_unit"])
+    model.optimizer.load(loaded["optimizer"], common["steps_by_unit"])
 
 
-def _layout(trainer: MegatronTrainer) -> dict[str, Any]:
+def _layout(model: LearningModel) -> dict[str, Any]:
     """A rank's random numbers belong to its place in this."""
-    return asdict(parallel_sizes(trainer.config, dist.get_world_size()))
+    return asdict(parallel_sizes(model.config, dist.get_world_size()))
 
 
-def _sharded_state(trainer: MegatronTrainer, *, loading: bool) -> dict[str, Any]:
+def _sharded_state(model: LearningModel, *, loading: bool) -> dict[str, Any]:
     """What this rank has of weights and optimizer, as Megatron saves it; `loading`: room for it."""
-    trainer.gather_parameters()
+    model.gather_parameters()
     state: dict[str, Any] = {
         f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA))
-        for i, chunk in enumerate(trainer.gpt_chunks)
+        for i, chunk in enumerate(model.gpt_chunks)
     }
-    state["optimizer"] = trainer.optimizer.sharded_state_dict(
+    state["optimizer"] = model.optimizer.sharded_state_dict(
         dict(state), loading=loading, metadata=METADATA
     )
     return state

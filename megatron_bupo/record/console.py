@@ -7,6 +7,7 @@
 
 Step 12 of 300 is the record with `step` 11: a person counts the steps that are done. H is the
 entropy of the full policy, H_6 that of internal layer 6's; KL, if asked for, that to the reference.
+What PPO's critic foresees is the part of the returns' variance that its values explained.
 """
 
 from __future__ import annotations
@@ -175,6 +176,13 @@ def log_line(record: Mapping[str, Any], steps: int) -> str:
             ("update/skipped", "{:.0f} updates skipped"),
             hide_zero=("update/skipped",),
         ),
+        _joined(
+            record,
+            ("critic/explained_variance", "critic foresees {:.0%}"),
+            ("critic/grad_norm", "grad {:.2g}"),
+            ("critic/skipped", "{:.0f} updates skipped"),
+            hide_zero=("critic/skipped",),
+        ),
         _entropies(record),
         _joined(
             record,
@@ -212,6 +220,7 @@ def _rows(records: Sequence[Record]) -> Iterator[tuple[str, Text]]:
         ("reward", "rollout/reward_mean", "{:.3f}"),
         ("H full", "entropy/full_nats", "{:.3f} nats"),
         ("H internal", "entropy/internal_nats", "{:.3f} nats"),
+        ("critic", "critic/explained_variance", "foresees {:.0%}"),
     ]:
         if key in last:
             yield name, with_trend(key, pattern.format(last[key]))
@@ -259,7 +268,13 @@ def _times(record: Mapping[str, Any]) -> str:
     parts = {
         "generate": ["time/generate_s"],
         "grade": ["time/grade_s"],
-        "train": ["time/old_logprobs_s", "time/ref_logprobs_s", "time/update_s"],
+        "train": [
+            "time/old_logprobs_s",
+            "time/ref_logprobs_s",
+            "time/values_s",
+            "time/update_critic_s",
+            "time/update_s",
+        ],
         "sync": ["time/sync_s"],
         "checkpoint": ["time/checkpoint_s"],
     }

@@ -17,6 +17,7 @@ from megatron_bupo.algorithm.planning_measures import (
     perplexity,
     share_of,
 )
+from megatron_bupo.algorithm.value import explained_variance
 from megatron_bupo.record.answer_types import answer_type
 from megatron_bupo.types import Grade, Rollout, RolloutGroup, SyncReport, TokenBatch, UpdateReport
 
@@ -95,15 +96,16 @@ def policy_measures(
     full: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, float]:
     """What is worth knowing of the policy that learns, from its log-probs and entropies before the
-    step's first update, and of the full one if that is another, from `full`, the same of it. All
-    `[responses, tokens]` nats.
+    step's first update (None: no policy learns), and of the full one if that is another, from
+    `full`, the same of it. All `[responses, tokens]` nats.
     """
-    assert scores is not None, "a pass before the updates gives them, or else the only update"
     if not batch.response_tokens:
         return {}
+    known = {}
     if policy == FULL:
         full = scores
-    known = {} if policy == FULL else {"entropy/internal_nats": _mean(scores[1], batch)}
+    elif scores is not None:
+        known["entropy/internal_nats"] = _mean(scores[1], batch)
     if full is not None:
         known |= {"entropy/full_nats": _mean(full[1], batch), **mismatch_measures(full[0], batch)}
     return known
@@ -197,10 +199,28 @@ def sync_measures(sync: SyncReport) -> dict[str, float]:
     }
 
 
-def update_measures(reports: Sequence[UpdateReport], lr: float) -> dict[str, float]:
-    """Means over the step's updates that were made, and the number of those that were not."""
+def critic_measures(batch: TokenBatch) -> dict[str, float]:
+    """What PPO's critic foresaw of the step's returns before it learned from them."""
+    assert batch.values is not None
+    assert batch.returns is not None
+    learns = batch.learning_mask
+    if not learns.any():
+        return {}
+    return {
+        "critic/explained_variance": explained_variance(batch.values, batch.returns, learns),
+        "critic/values_mean": float(batch.values[learns].double().mean()),
+        "critic/returns_mean": float(batch.returns[learns].double().mean()),
+    }
+
+
+def update_measures(
+    reports: Sequence[UpdateReport], lr: float, *, area: str = "update"
+) -> dict[str, float]:
+    """Means over the step's updates that were made, and the number of those that were not; `area`:
+    update, the policy's, or critic.
+    """
     every: list[Mapping[str, float]] = [report.metrics for report in reports]
-    made = [metrics for metrics in every if not metrics["update/skipped"]] or every
+    made = [metrics for metrics in every if not metrics[f"{area}/skipped"]] or every
     means = {key: fmean(metrics[key] for metrics in made) for key in every[0]}
-    skipped = sum(metrics["update/skipped"] for metrics in every)
-    return {**means, "update/skipped": skipped, "update/learning_rate": lr}
+    skipped = sum(metrics[f"{area}/skipped"] for metrics in every)
+    return {**means, f"{area}/skipped": skipped, f"{area}/learning_rate": lr}

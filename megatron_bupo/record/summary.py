@@ -26,6 +26,10 @@ Record = dict[str, Any]
 ENDS = 5  # steps that stand for the beginning and the end of the run
 FULL_NATS, INTERNAL_NATS = "entropy/full_nats", "entropy/internal_nats"
 AVG_AT_K = re.compile(r"eval/(?!initial_)(.+)_avg_at_\d+")  # of a benchmark; its name
+TRAINING = tuple(
+    f"time/{name}_s"
+    for name in ("old_logprobs", "ref_logprobs", "values", "update_critic", "update")
+)
 REPLACED = ("run_dir=", "bupo.internal_steps=", "bupo.stages=", "bupo.stages[")
 
 
@@ -49,6 +53,7 @@ def summarise(
         _what_ran(records, config, world_size),
         _accuracy(records),
         _reward(records),
+        _critic(records),
         _entropy(records),
         _mismatch(records),
         _time(records),
@@ -76,13 +81,14 @@ def _method(config: Config) -> str:
         "rloo": "RLOO",
         "reinforce_plus_plus": "REINFORCE++",
         "reinforce_plus_plus_baseline": "REINFORCE++ with a baseline",
+        "gae": "PPO",
     }[config.algorithm.advantage]
 
 
 def _what_ran(records: Sequence[Record], config: Config, world_size: int | None) -> str:
     phases = [(policy, len(list(r))) for policy, r in groupby(records, lambda r: r["policy"])]
     name = _method(config)
-    if [policy for policy, _ in phases] != ["full"]:
+    if any(policy.startswith(INTERNAL) for policy, _ in phases):
         name = "BuPO" if name == "GRPO" else f"BuPO with {name}"
     done = len(records)
     steps = f"{done} steps" if done >= config.steps else f"{done} of {config.steps} steps"
@@ -119,6 +125,15 @@ def _reward(records: Sequence[Record]) -> str:
     return text + (f" {warnings:.0f} responses could not be graded." if warnings else "")
 
 
+def _critic(records: Sequence[Record]) -> str:
+    """How much of what returns differ in PPO's critic foresaw."""
+    explained = [v for r in records if (v := r.get("critic/explained_variance")) is not None]
+    if not explained:
+        return ""
+    first, last = fmean(explained[:ENDS]), fmean(explained[-ENDS:])
+    return f"Of the returns' variance the critic foresaw {first:.2f} at first, {last:.2f} at last."
+
+
 def _entropy(records: Sequence[Record]) -> str:
     """First and last entropies: the full policy's, and each internal one's within its phase."""
     measured = {"full policy": [r[FULL_NATS] for r in records if FULL_NATS in r]}
@@ -146,5 +161,5 @@ def _time(records: Sequence[Record]) -> str:
     if not seconds:
         return ""
     generating = total("time/generate_s") / seconds
-    training = total("time/old_logprobs_s", "time/ref_logprobs_s", "time/update_s") / seconds
+    training = total(*TRAINING) / seconds
     return f"Steps took {seconds:.0f} s: {generating:.0%} generating, {training:.0%} training."

@@ -13,7 +13,6 @@ import torch
 from tokenizers import Tokenizer
 
 from megatron_bupo import credit
-from megatron_bupo.algorithm.advantages import critic_advantages
 from megatron_bupo.algorithm.planning_tokens import StrategicGrams, words_of
 from megatron_bupo.config.checks import CHOICES
 from megatron_bupo.config.hicra import HicraConfig
@@ -56,17 +55,8 @@ def credited(batch: TokenBatch, algorithm: AlgorithmConfig) -> TokenBatch:
     batch = batch.with_ref_logprobs((batch.old_logprobs + noise) * batch.response_mask)
     grades = [[Grade(reward) for reward in rewards.tolist()]]
     if algorithm.advantage == "gae":
-        values = torch.randn(batch.input_ids.shape, generator=generator)
-        plain, _ = critic_advantages(
-            rewards[None],
-            values,
-            batch.learning_mask,
-            gamma=algorithm.gamma,
-            gae_lambda=algorithm.gae_lambda,
-        )
-    else:
-        plain = credit.advantages(grades, batch, algorithm)
-    batch = batch.with_advantages(plain)
+        batch = batch.with_values(torch.randn(batch.input_ids.shape, generator=generator))
+    batch = credit.credited(batch, grades, algorithm)
     config = Config(hicra=HicraConfig(grams="those of the responses"))
     planning = PlanningCredit(config, _grams(group), {}, _tokenizer().decode)
     found = planning.find(batch, [group])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from megatron_bupo.config.schema import OptimizerConfig
 from megatron_bupo.errors import InputError
 from megatron_bupo.record.measures import update_measures
 from megatron_bupo.record.skipped import SkippedUpdates
@@ -15,7 +16,7 @@ INF = UpdateReport({"update/loss": 0.25, "update/grad_norm": math.inf, "update/s
 
 
 def test_a_step_tells_of_its_skipped_updates_in_one_line_with_their_cause():
-    skipped = SkippedUpdates(most=9)
+    skipped = SkippedUpdates(OptimizerConfig(max_skipped_updates=9))
     assert skipped.after(0, [GOOD, GOOD]) == []
     assert skipped.after(11, [GOOD, NAN, INF, GOOD]) == [
         "step 12: 2 of 4 updates skipped: the gradient norm was inf (the loss 0.25)"
@@ -26,7 +27,7 @@ def test_a_step_tells_of_its_skipped_updates_in_one_line_with_their_cause():
 
 
 def test_too_many_in_a_row_stop_the_run_across_steps_but_a_good_update_begins_anew():
-    skipped = SkippedUpdates(most=3)
+    skipped = SkippedUpdates(OptimizerConfig(max_skipped_updates=3))
     skipped.after(0, [NAN, NAN, GOOD, NAN])
     skipped.after(1, [NAN])
     with pytest.raises(InputError) as error:
