@@ -174,7 +174,7 @@ def _serialised(body: dict[str, Any] | None) -> bytes | None:
 def _parse(text: bytes) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text.decode(errors="replace")
 
 
