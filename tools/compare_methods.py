@@ -23,6 +23,7 @@ import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from megatron_bupo.config import Config
 from megatron_bupo.config.checks import check
 from megatron_bupo.data.rows import read_rows
 from megatron_bupo.errors import InputError
+from megatron_bupo.launch.lock import hold
 from megatron_bupo.preflight import check_data, check_files, prepare
 from megatron_bupo.record.metrics import read_metrics
 from tools import comparison_figures, comparison_tables
@@ -56,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         planned = plan_all(args, chosen(methods, args.methods))
         missing = [] if args.report else [run for run in planned if not run.has_ended()]
         look_at(planned)
-        failures = [one for one in run_all(missing, jobs=args.jobs, console=console) if one.code]
-        tell(args.out, planned, panels, failures, command)
+        with nullcontext() if args.report else hold(args.out, key="--out "):
+            over = run_all(missing, jobs=args.jobs, console=console)
+            failures = [one for one in over if one.code]
+            tell(args.out, planned, panels, failures, command)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
