@@ -35,13 +35,13 @@ def gae(
     # Down the tokens, so that each step reads one row
     r, v, on = (x.t().contiguous() for x in (rewards.double(), values.double(), mask))
     advantages = torch.zeros_like(r)
-    value = advantage = torch.zeros_like(r[0])  # of the next token in the mask
+    value = advantage = r.new_zeros(r.shape[1])  # of the next token in the mask
     for t in reversed(range(len(r))):
         delta = r[t] + gamma * value - v[t]
         advantage = torch.where(on[t], delta + gamma * gae_lambda * advantage, advantage)
         value = torch.where(on[t], v[t], value)
         advantages[t] = advantage
-    nothing = torch.zeros((), dtype=torch.float64)
+    nothing = r.new_zeros(())
     return (
         torch.where(on, advantages, nothing).t().contiguous(),
         torch.where(on, advantages + v, nothing).t().contiguous(),
