@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_bupo.config.checks import check, check_against_model
-from megatron_bupo.config.critic_rules import refuse_critic_of_unknown
+from megatron_bupo.config.critic_rules import check_critic_against_model, refuse_critic_of_unknown
 from megatron_bupo.errors import InputError
 from tests.config.test_algorithm_rules import config_with
 from tests.config.test_optimizer_rules import Sizes
@@ -100,12 +100,13 @@ def test_what_a_critic_can_do_is_allowed(words: str):
     config = config_with(GAE, *words.split())
     check(config, None)
     check_against_model(config, Sizes())
+    check_critic_against_model(config, Sizes())
 
 
 @pytest.mark.parametrize(
     ("factors", "message"),
     [
-        ("{13: 2}", f"{FACTORS}.13=2: the model has 12 layers; choose 1..12"),
+        ("{13: 2}", f"{FACTORS}.13=2: the critic has 12 layers; choose 1..12"),
         (
             "{1-12:0,embedding:0,final_norm:0,value_head:0}",
             f"{FACTORS}={{'1-12': 0.0, 'embedding': 0.0, 'final_norm': 0.0, 'value_head': 0.0}}: ",
@@ -114,7 +115,7 @@ def test_what_a_critic_can_do_is_allowed(words: str):
 )
 def test_its_rates_are_those_of_parts_that_it_has(factors: str, message: str):
     with pytest.raises(InputError) as error:
-        check_against_model(config_with(GAE, f"{FACTORS}={factors}"), Sizes())
+        check_critic_against_model(config_with(GAE, f"{FACTORS}={factors}"), Sizes())
     assert str(error.value).startswith(message)
 
 
