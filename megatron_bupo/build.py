@@ -61,8 +61,9 @@ def build(ready: Preflight) -> Run:
         critic = None if ready.critic is None else build_critic(ready.critic, config)
         if path is not None:
             checkpoint.load(trainer, path, critic=critic)
+        speaks = dist.get_rank() == 0
         journal = stack.enter_context(
-            Journal(run_dir, config, first_step=first_step, speaks=dist.get_rank() == 0)
+            Journal(run_dir, config, first_step=first_step, speaks=speaks)
         )
         _tell(journal, ready, path)
         prompts = replay or prompt_stream(config, tokenizer)

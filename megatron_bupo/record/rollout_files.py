@@ -23,6 +23,7 @@
     reward, warning   the grade; why it is 0 where grading failed, else null
     components        the terms of a composed reward by name, before they are weighed
     advantages        * what the loss weighs each token with
+    values, returns   * what PPO's critic foresaw, and what it then learned; null: no critic
     policy_version    steps that the weights had learned from when the first token was drawn
     versions          [version, start, end]: response tokens [start, end) are of these weights
     finish_reason     stop | length | abort
@@ -71,6 +72,8 @@ class RecordedRollout(Rollout):
     old_logprobs: tuple[float, ...] | None = None
     policy_entropies: tuple[float, ...] | None = None
     ref_logprobs: tuple[float, ...] | None = None
+    values: tuple[float, ...] | None = None
+    returns: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class Learned:
             "policy_entropies": entropies,
             "ref_logprobs": self.batch.ref_logprobs,
             "advantages": self.batch.advantages,
+            "values": self.batch.values,
+            "returns": self.batch.returns,
         }
         for i, mask in enumerate(self.batch.response_mask):
             yield {k: None if v is None else v[i][mask].tolist() for k, v in tensors.items()}
@@ -225,6 +230,7 @@ def _parsed(line: Any) -> RecordedRollout:
     same = ("step", "policy", "response", "text", "finish_reason", "policy_version")
     same += ("server", "attempts", "cached_tokens")
     maybe = ("entropies", "old_logprobs", "policy_entropies", "ref_logprobs", "advantages")
+    maybe += ("values", "returns")
     fields: dict[str, Any] = {name: line[name] for name in same}
     for name in maybe:
         fields[name] = None if line.get(name) is None else _per_token(line, name)
