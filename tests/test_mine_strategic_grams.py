@@ -194,7 +194,10 @@ def test_the_cost_of_planning_tokens_is_measured(tmp_path: Path):
     byte_level([text], size=400).save(str(tmp_path / "tokenizer.json"))
     out, grams = tmp_path / "found.json", ROOT / "examples" / "strategic_grams.yaml"
     argv = [str(tmp_path / "texts.jsonl"), f"--tokenizer={tmp_path}", f"--grams={grams}"]
+    argv += ["--responses=3", "--response-tokens=70"]
     bench_planning.main([*argv, f"--json={out}"])
     found = json.loads(out.read_text())
+    assert found["tokens"] == 210
     assert 0 < found["planning_fraction"] < 1
-    assert found["text_us"] > 0
+    parts = sum(found[f"{part}_us"] for part in bench_planning.PARTS)
+    assert found["step_s"] == pytest.approx(210e-6 * parts)

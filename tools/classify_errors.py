@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -39,6 +40,7 @@ from rich.progress import Progress
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the judge is in a module beside
 
+from megatron_bupo.commands.rollouts import PIPED_WIDTH
 from megatron_bupo.errors import InputError, RunStopped
 from megatron_bupo.launch import lock
 from tools.error_judge import KINDS, UNCLEAR, Judge, ask_all, choice_of
@@ -73,7 +75,7 @@ def _arguments() -> argparse.ArgumentParser:
     add("--out", required=True, type=Path, metavar="DIR")
     add("--step", default="all", metavar="N,...|last|all", help="of runs (all)")
     add("--per-step", type=_positive, metavar="N", help="of the failed, drawn by --seed; all")
-    add("--min-reward", type=float, default=1.0, help="that a correct response has (1)")
+    add("--min-reward", type=_finite, default=1.0, help="that a correct response has (1)")
     add("--seed", type=int, default=0)
     add("--api-key-env", metavar="NAME", help="environment variable that holds the key; no key")
     add("--max-chars", type=_positive, default=40_000, help="of a response; its middle is left out")
@@ -93,10 +95,17 @@ def _positive(text: str) -> int:
     return value
 
 
-def _at_least_0(text: str) -> float:
+def _finite(text: str) -> float:
     value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a number")
+    return value
+
+
+def _at_least_0(text: str) -> float:
+    value = _finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
     return value
 
 
@@ -157,7 +166,10 @@ def classify(args: argparse.Namespace) -> int:
     lines = [_line(r, choice) for r, choice in zip(failures.chosen, choices, strict=True)]
     _write(args.out / "errors.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
     _write(args.out / "summary.json", json.dumps({"model": judge.model, "rows": rows}, indent=1))
-    Console(highlight=False).print(table_of(rows))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    console.print(table_of(rows))
     draw(args.out / "errors.png", rows, {r.place: r.policy for r in failures.chosen})
     if stopped:
         print(f"error: {stopped}; the same command goes on", file=sys.stderr)

@@ -46,20 +46,24 @@ def rows_of(failures: Failures, choices: Sequence[str | None]) -> list[Row]:
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """The rows for a reader."""
+    """The rows for a reader; columns that say nothing are left out."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in rows[0]:
+    sources = {row["source"] for row in rows}
+    shown = [name for name in rows[0] if name == "step" or any(row[name] for row in rows)]
+    shown = [name for name in shown if name != "source" or len(sources) > 1]
+    for name in shown:
         justify = "left" if name == "source" else "right"
-        table.add_column(name.replace("_fraction", " %"), justify=justify)
+        heading = name.replace("_fraction", " %").replace("_", " ")
+        table.add_column(heading, justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(name, value) for name, value in row.items()))
+        table.add_row(*(_cell(name, row[name]) for name in shown))
     return table
 
 
 def _cell(name: str, value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.1%}".rstrip("%") if name.endswith("_fraction") else str(value)
+    return f"{100 * value:.1f}" if name.endswith("_fraction") else str(value)
 
 
 def draw(path: Path, rows: Sequence[Row], policies: Mapping[Place, str]) -> None:
