@@ -61,10 +61,8 @@ def build(ready: Preflight) -> Run:
         critic = None if ready.critic is None else build_critic(ready.critic, config)
         if path is not None:
             checkpoint.load(trainer, path, critic=critic)
-        speaks = dist.get_rank() == 0
-        journal = stack.enter_context(
-            Journal(run_dir, config, first_step=first_step, speaks=speaks)
-        )
+        journal = Journal(run_dir, config, first_step=first_step, speaks=dist.get_rank() == 0)
+        stack.enter_context(journal)
         _tell(journal, ready, path)
         prompts = replay or prompt_stream(config, tokenizer)
         run = Run(
