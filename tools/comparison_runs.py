@@ -89,10 +89,11 @@ class Planned:
         if newest is None:
             return False
         step, path = newest
-        before, now = read_run(path)["config"], flatten(self.config)
-        for key, value in now.items():
-            if not key.startswith(FREE) and before.get(key, value) != value:
-                was, is_now = json.dumps(before[key]), json.dumps(value)
+        default = flatten(Config())  # what has no word for a setting has its default
+        before, now = default | read_run(path)["config"], default | flatten(self.config)
+        for key in before | now:
+            was, is_now = (json.dumps(known.get(key)) for known in (before, now))
+            if was != is_now and not key.startswith(FREE):
                 reason = f"was trained with {key}={was}, which is now {is_now}"
                 raise InputError(str(self.run_dir), reason, "choose another --out, or remove it")
         return step == self.config.steps

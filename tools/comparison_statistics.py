@@ -20,7 +20,10 @@ from itertools import accumulate
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+import numpy as np
+
 CONFIDENCE = 0.95
+CLIPPED = "update/ratio_clipped_fraction"
 Record = Mapping[str, Any]
 
 
@@ -32,7 +35,7 @@ class Curve:
     tokens: Sequence[float]  # response tokens sampled until then, discarded groups too
     accuracy: Sequence[float]  # held-out, of the policy with so many steps
     entropy: Sequence[float]  # of the full policy at each step, nats
-    clipped_fraction: float
+    clipped_fraction: float  # of tokens, in steps that train the policy
     step_s: float  # seconds of a step, without evaluation
     # Standard deviation of the last accuracy over other responses to the same prompts; NaN: unknown
     sampling_noise: float
@@ -51,20 +54,14 @@ class Curve:
             at,
             accuracy,
             [r.get("entropy/full_nats", math.nan) for r in records],
-            fmean(r.get("update/ratio_clipped_fraction", 0.0) for r in records),
+            fmean(r[CLIPPED] for r in records if CLIPPED in r),
             fmean(r["time/step_s"] - r.get("time/evaluate_s", 0.0) for r in records),
             sampling_noise(records[-1], questions),
         )
 
     def at_tokens(self, budget: float, values: Sequence[float] | None = None) -> float:
         """The accuracy after `budget` tokens, or another of `values` at evaluations."""
-        values = self.accuracy if values is None else values
-        for i in range(1, len(self.tokens)):
-            before, after = self.tokens[i - 1 : i + 1]
-            if budget <= after:
-                share = (budget - before) / (after - before)
-                return values[i - 1] + share * (values[i] - values[i - 1])
-        raise ValueError(f"{budget} tokens are more than {self.tokens[-1]}")
+        return float(np.interp(budget, self.tokens, self.accuracy if values is None else values))
 
     def entropy_at_a_third(self) -> float:
         """Of the full policy, nats: the mean of five steps around a third of the run."""
