@@ -42,7 +42,7 @@ from megatron_bupo.types import RolloutGroup, Sampling
 
 PROMPTS_AT_ONCE = 32  # for each rank; what a kill loses at most
 # Of each micro-batch two vectors a layer are kept for every response token
-TOKENS_PER_MICROBATCH = 2048
+TOKENS_PER_MICROBATCH = 1024
 
 
 def analyze(analysis: Analysis) -> None:

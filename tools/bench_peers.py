@@ -18,19 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from importlib.metadata import version
-from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -44,12 +38,10 @@ from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy
 from megatron_bupo.bed.prepare import BED, make_bed
 from megatron_bupo.config import expand
 from tools import peers
+from tools.turns import MEASURED, Variant, medians_in_turns
 
 TRL, PLAIN, AUTHORS, OURS = "TRL", "plain logits", "authors' way", "megatron_bupo"
-WARM_UP = 2  # rounds before those that are timed; memory is the second's
 AGREE = 1e-4  # relative, of losses and gradient norms
-MEASURED = ("s", "cpu_s", "extra_bytes")
-Variant = Callable[[peers.Turns], None]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,16 +111,7 @@ def compare(
     what: str, variants: dict[str, Variant], rounds: int, folder: Path
 ) -> list[dict[str, Any]]:
     """A row per variant: medians over rounds, and their ratios to ours."""
-    told: dict[str, list[dict[str, float]]] = {who: [] for who in variants}
-    with ExitStack() as stack:
-        workers = {
-            who: stack.enter_context(Worker(variant, folder / f"{what} {who}"))
-            for who, variant in variants.items()
-        }
-        for i in range(WARM_UP + rounds):
-            for who, worker in workers.items():
-                told[who].append(worker.round(map_each=i < WARM_UP))
-    medians = {who: median_of(found) for who, found in told.items()}
+    medians = medians_in_turns(variants, rounds, folder / what)
     ours = medians[OURS]
     for name in ours.keys() - set(MEASURED):
         values = {who: found[name] for who, found in medians.items()}
@@ -139,12 +122,6 @@ def compare(
         | {f"{name}_ratio": found[name] / ours[name] for name in MEASURED}
         for who, found in medians.items()
     ]
-
-
-def median_of(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
-    """What one variant told of its rounds, with the memory of the last to map each tensor."""
-    medians = {name: median(r[name] for r in rounds[WARM_UP:]) for name in rounds[0]}
-    return medians | {"extra_bytes": rounds[WARM_UP - 1]["extra_bytes"]}
 
 
 def as_table(rows: Sequence[dict[str, Any]], versions: Mapping[str, str]) -> Table:
@@ -159,41 +136,6 @@ def as_table(rows: Sequence[dict[str, Any]], versions: Mapping[str, str]) -> Tab
         cells = map(" ".join, zip(numbers, ratios, strict=True))
         table.add_row(row["what"], row["who"], *cells, end_section=row["who"] == OURS)
     return table
-
-
-class Worker:
-    """A process that runs one variant, a round when asked to."""
-
-    def __init__(self, variant: Variant, directory: Path) -> None:
-        context = multiprocessing.get_context("fork")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=serve, args=(variant, directory, theirs), daemon=True
-        )
-        self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.join()
-
-    def round(self, *, map_each: bool) -> dict[str, float]:
-        """What the variant tells of one round, with each tensor mapped by itself or as usual."""
-        self._connection.send(map_each)
-        return self._connection.recv()
-
-
-def serve(variant: Variant, directory: Path, connection: Connection) -> None:
-    """A worker's life."""
-    warnings.simplefilter("ignore", FutureWarning)  # of transformers, for TRL's sake
-    directory.mkdir()
-    os.chdir(directory)
-    torch.set_num_threads(1)
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
-        variant(peers.Turns(connection))
 
 
 if __name__ == "__main__":

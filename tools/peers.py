@@ -6,15 +6,12 @@ weights, tokens, old log-probs and advantages, and nothing is recomputed but log
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +37,10 @@ from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.preflight import check_model, preflight
 from megatron_bupo.train import train_step
 from megatron_bupo.types import TokenBatch
-from tools.resident import forget_peak, resident_bytes
+from tools.turns import Turns
 
 DEMO = Path(__file__).parents[1] / "conf" / "demo.yaml"
 CLIP, LR = 0.2, 5e-5
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 @dataclass(frozen=True)
@@ -90,38 +86,6 @@ class Case:
         advantages = torch.randn(self.responses, 1, generator=generator) * mask
         old = 0.2 * torch.randn(ids.shape, generator=generator) - math.log(self.vocab)
         return TokenBatch(ids, mask, torch.zeros(ids.shape), advantages, old * mask)
-
-
-class Turns:
-    """A variant's end of the line: `wait` for a round to begin, `stop` the clock, `tell` of it."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._map_each(True)
-
-    def _map_each(self, each: bool) -> None:
-        """Give every tensor a mapping of its own, or share a heap, which is faster but keeps what
-        was freed.
-        """
-        libc = ctypes.CDLL(None)
-        # 32 MiB is what glibc's own threshold soon rises to; it trims at twice as much.
-        libc.mallopt(M_MMAP_THRESHOLD, 2**16 if each else 2**25)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**26)
-
-    def wait(self) -> None:
-        self._map_each(self._connection.recv())
-        forget_peak()
-        self._resident = resident_bytes()
-        self._cpu_s, self._start = time.process_time(), time.perf_counter()
-
-    def stop(self) -> None:
-        self._s = time.perf_counter() - self._start
-        self._cpu_s = time.process_time() - self._cpu_s
-        self._extra = resident_bytes(peak=True) - self._resident
-
-    def tell(self, **facts: float) -> None:
-        times = {"s": self._s, "cpu_s": self._cpu_s}
-        self._connection.send(times | {"extra_bytes": self._extra} | facts)
 
 
 def hf_rounds(model: Any, loss: Callable[[], Tensor], turns: Turns) -> None:

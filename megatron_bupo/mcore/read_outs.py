@@ -14,6 +14,8 @@ for all read-outs of a piece of tokens together the parts are put together by tw
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -36,19 +38,28 @@ class FullPolicy(NamedTuple):
 
 
 class ReadOuts:
-    """Buffers for the read-outs of up to `vectors` vectors of each token, `rows` rows of logits at
-    a time, through `weight` `[vocab shard, hidden]`.
+    """Read-outs of up to `vectors` vectors of each token, `rows` rows of logits at a time, through
+    `weight` `[vocab shard, hidden]`; inside `with read_outs.at_work(): ...`.
     """
 
     def __init__(self, weight: Tensor, shard: VocabShard, *, vectors: int, rows: int) -> None:
-        self.weight, self.shard = weight, shard
+        self.weight, self.shard, self.vectors = weight, shard, vectors
         self.tokens = max(1, rows // vectors)  # that fit at a time
-        self._logits = self._buffer(vectors * self.tokens)
-        self._logprobs, self._probs, self._exp = (self._buffer(self.tokens) for _ in range(3))
+        self._logits = self._logprobs = self._probs = self._exp = weight.new_empty(0)
 
-    def _buffer(self, rows: int) -> Tensor:
-        shape = (rows, len(self.weight))
-        return torch.empty(shape, dtype=torch.float32, device=self.weight.device)
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Hold the buffers inside the block."""
+        rows = (self.vectors * self.tokens, self.tokens, self.tokens, self.tokens)
+        nothing = self._logits
+        self._logits, self._logprobs, self._probs, self._exp = (
+            torch.empty(n, len(self.weight), dtype=torch.float32, device=self.weight.device)
+            for n in rows
+        )
+        try:
+            yield
+        finally:
+            self._logits = self._logprobs = self._probs = self._exp = nothing
 
     def full(self, final: Tensor, targets: Tensor) -> FullPolicy:
         """The full policy from `norm(h_L)` `[tokens, hidden]`, with the log-probs of `targets`.

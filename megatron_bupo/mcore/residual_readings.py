@@ -36,13 +36,14 @@ from megatron_bupo.mcore.pipeline import PipelinedModel
 from megatron_bupo.mcore.read_outs import ReadOuts
 from megatron_bupo.types import TokenBatch
 
+ROWS = 256  # of logits at a time, at most: products of matrices gain no more beyond
 _OF_POLICY = [f.name for f in fields(PolicyReadings)]
 _OF_MODULES = [f.name for f in fields(Readings) if f.name.startswith(("attention_", "ffn_"))]
 _OF_MODEL = [f.name for f in fields(Readings) if f.name.startswith(("embedding_", "full_"))]
 
 
 @dataclass
-class _Kept:
+class Kept:
     """What a micro-batch has left on this rank: `[rows here, hidden]` each."""
 
     microbatch: Microbatch
@@ -72,8 +73,8 @@ class ResidualReader(PipelinedModel):
     ) -> None:
         super().__init__(arch, config, open_slice)
         self.normed = normed
-        self._kept: dict[int, _Kept] = {}  # by id of the packed row, which layers are given
-        self._now: _Kept | None = None
+        self._kept: dict[int, Kept] = {}  # by id of the packed row, which layers are given
+        self._now: Kept | None = None
         self._layers: dict[int, Any] = {}  # by number, from 1
         for chunk in self.gpt_chunks:
             self._watch(chunk.decoder.layers)
@@ -84,7 +85,7 @@ class ResidualReader(PipelinedModel):
                 weight,
                 model.vocab_shard(arch),
                 vectors=self._policies + 4,
-                rows=config.trainer.logprob_chunk_tokens,
+                rows=min(config.trainer.logprob_chunk_tokens, ROWS),
             )
 
     def _watch(self, layers: Any) -> None:
@@ -127,14 +128,14 @@ class ResidualReader(PipelinedModel):
         self._kept = {id(m.packed): self._keeping(m) for m in microbatches}
         return microbatches
 
-    def _keeping(self, microbatch: Microbatch) -> _Kept:
+    def _keeping(self, microbatch: Microbatch) -> Kept:
         rows = microbatch.rows
         if not self.native.sequence_parallel:
-            return _Kept(microbatch, torch.arange(len(rows), device=rows.device), rows)
+            return Kept(microbatch, torch.arange(len(rows), device=rows.device), rows)
         group = parallel.tensor_group()
         places = rows - group.rank() * (microbatch.packed.tokens // group.size())
         inside = (places >= 0) & (places < microbatch.packed.tokens // group.size())
-        return _Kept(microbatch, inside.nonzero().flatten(), places[inside])
+        return Kept(microbatch, inside.nonzero().flatten(), places[inside])
 
     @torch.no_grad()
     def read(self, batch: TokenBatch) -> Readings:
@@ -143,15 +144,24 @@ class ResidualReader(PipelinedModel):
         Of each micro-batch what layers add is kept until the last one has passed: give it so many
         responses at a time as make about one for each pipeline stage and data-parallel rank.
         """
+        count = len(_OF_MODEL) + self.arch.layers * self._columns
+        return self._as_readings(self._collect(batch, count, self._read_some))
+
+    def _collect(
+        self, batch: TokenBatch, columns: int, read_some: Callable[[Kept, slice, Tensor], None]
+    ) -> Tensor:
+        """What `read_some` finds at the response tokens of `batch`, `[columns, tokens]`, put
+        together from all stages and ranks.
+        """
         self._run(batch, FULL, score=self._keep_final)
         mask = batch.response_mask.flatten()
         place = (mask.cumsum(0) - 1).to(cpu.device())  # among the response tokens
-        count = len(_OF_MODEL) + self.arch.layers * self._columns
-        out = torch.zeros(count, int(mask.sum()), device=cpu.device())
-        for kept in self._kept.values():
-            out[:, place[kept.microbatch.at]] = self._read_out(kept)
+        out = torch.zeros(columns, int(mask.sum()), device=cpu.device())
+        with self._outs.at_work():
+            for kept in self._kept.values():
+                out[:, place[kept.microbatch.at]] = self._read_out(kept, columns, read_some)
         self._kept, self._now = {}, None
-        return self._as_readings(parallel.sum_over_stages(parallel.sum_over_tokens(out)).cpu())
+        return parallel.sum_over_stages(parallel.sum_over_tokens(out)).cpu()
 
     def _keep_final(self, microbatch: Microbatch, hidden: Tensor, **_: Any) -> None:
         kept = self._kept[id(microbatch.packed)]
@@ -177,11 +187,12 @@ class ResidualReader(PipelinedModel):
             normed_layer=next(iter(normed_layer), None),
         )
 
-    def _read_out(self, kept: _Kept) -> Tensor:
-        """Of this stage's layers `[columns, rows]`, in the order of `_as_readings`; else 0."""
+    def _read_out(
+        self, kept: Kept, columns: int, read_some: Callable[[Kept, slice, Tensor], None]
+    ) -> Tensor:
+        """Of this stage's layers `[columns, rows]`; else 0."""
         rows = len(kept.microbatch.rows)
-        count = len(_OF_MODEL) + self.arch.layers * self._columns
-        out = torch.zeros(count, rows, device=cpu.device())
+        out = torch.zeros(columns, rows, device=cpu.device())
         if not rows:
             return out
         if kept.final is None:
@@ -190,10 +201,10 @@ class ResidualReader(PipelinedModel):
         for start in range(0, rows, self._outs.tokens):
             progress.beat()
             some = slice(start, min(start + self._outs.tokens, rows))
-            self._read_some(kept, some, out[:, some])
+            read_some(kept, some, out[:, some])
         return out
 
-    def _read_some(self, kept: _Kept, some: slice, out: Tensor) -> None:
+    def _read_some(self, kept: Kept, some: slice, out: Tensor) -> None:
         """What the micro-batch's rows `some` say, into `out` `[columns, rows]`."""
         assert kept.final is not None, "every stage has it"
         final = self._together(kept, kept.final, some)
@@ -221,7 +232,7 @@ class ResidualReader(PipelinedModel):
                 [*modules, *cosine, *policies.transpose(0, 1).flatten(0, 1)]
             )
 
-    def _path(self, kept: _Kept, some: slice) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    def _path(self, kept: Kept, some: slice) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """`(l, h_{l-1}, A^l, F^l)` of this stage's layers at the rows `some`."""
         stream = torch.empty(0)
         for layer, added in sorted(kept.added.items()):
@@ -258,7 +269,7 @@ class ResidualReader(PipelinedModel):
         normed = F.rms_norm(x.float(), (x.shape[-1],), None, self.native.layernorm_epsilon)
         return weight * normed.to(x.dtype)
 
-    def _together(self, kept: _Kept, rows: Tensor, some: slice) -> Tensor:
+    def _together(self, kept: Kept, rows: Tensor, some: slice) -> Tensor:
         """Of the micro-batch's rows, of which `rows` are here, `some`. Collective over the
         tensor-parallel ranks under sequence parallelism.
         """

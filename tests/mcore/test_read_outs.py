@@ -15,8 +15,9 @@ HIDDEN, TOKENS = 8, 5
 def read(weight: torch.Tensor, vectors: torch.Tensor, shard: VocabShard) -> torch.Tensor:
     """`[4, vectors, tokens]`, the last vector being the full policy's."""
     outs = ReadOuts(weight, shard, vectors=len(vectors), rows=len(vectors) * TOKENS)
-    full = outs.full(vectors[-1], torch.zeros(TOKENS, dtype=torch.long))
-    return outs.whole(outs.read(vectors, full, compared=len(vectors)), full)
+    with outs.at_work():
+        full = outs.full(vectors[-1], torch.zeros(TOKENS, dtype=torch.long))
+        return outs.whole(outs.read(vectors, full, compared=len(vectors)), full)
 
 
 def test_policies_that_know_nothing_have_the_logarithm_of_the_vocabulary():
