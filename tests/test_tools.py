@@ -116,6 +116,24 @@ def test_phase_cost_takes_apart_what_is_above_its_share_and_nothing_else():
 
 
 @pytest.mark.slow
+def test_the_analysis_is_compared_with_a_script_that_finds_the_same(tmp_path: Path):
+    from tools.bench_analysis import OURS, main
+
+    sizes = ["--layers=2", "--hidden=16", "--ffn=24", "--heads=2", "--kv-heads=2", "--vocab=32"]
+    texts = ["--responses=3", "--prompt-tokens=3", "--response-tokens=5"]
+    report = _json_of(main, tmp_path / "analysis.json", *sizes, *texts)
+    rows = {row.pop("who"): row for row in report["rows"]}
+    assert rows.keys() == {"script, all texts", "script, one text", OURS}
+    assert report["response_tokens"] == 15
+    ours = rows[OURS]
+    for row in rows.values():
+        assert row.keys() == ours.keys()
+        assert row["ffn_entropy_change_nats"] == pytest.approx(
+            ours["ffn_entropy_change_nats"], abs=1e-5
+        )
+
+
+@pytest.mark.slow
 def test_the_cpu_shim_is_compared_with_a_function_mode_and_with_transformers(
     tmp_path: Path, bed: Path
 ):

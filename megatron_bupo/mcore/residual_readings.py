@@ -165,7 +165,8 @@ class ResidualReader(PipelinedModel):
 
     def _keep_final(self, microbatch: Microbatch, hidden: Tensor, **_: Any) -> None:
         kept = self._kept[id(microbatch.packed)]
-        kept.final = kept.rows_of(hidden)
+        # In bfloat16 the last stage answers in fp32, of which the unembedding sees bfloat16
+        kept.final = kept.rows_of(hidden).to(self._outs.weight.dtype)
 
     @property
     def _columns(self) -> int:

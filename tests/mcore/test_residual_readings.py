@@ -89,3 +89,16 @@ def test_the_normed_read_out_puts_the_final_norm_before_the_unembedding(
     assert torch.allclose(last["entropy_nats"], found["full_entropy_nats"], atol=1e-5)
     assert last["kl_to_full_nats"].abs().max() < 1e-5
     assert last["top1_agreement"].eq(1).all()
+
+
+def test_bfloat16_strays_no_further_than_transformers_own(tiny_model_dir: Callable[..., Path]):
+    model_dir, batch = tiny_model_dir(**QWEN3), random_batch()
+    rounded = dense_model(model_dir, torch.bfloat16)
+    own = dense_readings(rounded, batch)
+    exact = dense_readings(rounded.float(), batch)
+    sections = {"model": {"dtype": "bfloat16"}, "parallel": {"tp": 2, "pp": 2, "sp": True}}
+    for found in readings(model_dir, 4, **sections):
+        for name, values in exact.items():
+            if "top1" not in name:  # of which ties in bfloat16 make a whole
+                allowed = 2 * (own[name] - values).abs().max()
+                assert (found[name].double() - values).abs().max() < allowed, name
