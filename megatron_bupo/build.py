@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_bupo import checkpoints
-from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule
+from megatron_bupo.algorithm.bupo import InternalLayerPolicy, PhaseSchedule
 from megatron_bupo.config import Config, expand, flatten, to_yaml
 from megatron_bupo.config.checks import doubts
 from megatron_bupo.data.order import PromptStream
@@ -122,7 +122,8 @@ def _rollouts(
 ) -> RolloutStream:
     def staleness_at(step: int) -> int:
         # Nothing could weigh what is stale where sampler and learner are two policies
-        return config.rollout.max_staleness if schedule.policy_at(step) == FULL else 0
+        internal = isinstance(schedule.policy_at(step), InternalLayerPolicy)
+        return 0 if internal else config.rollout.max_staleness
 
     return RolloutStream(
         engine,

@@ -24,7 +24,14 @@ from megatron_bupo.launch.local import (
     under_torchrun,
 )
 from megatron_bupo.launch.lock import hold
-from megatron_bupo.preflight import check_data, check_files, check_model, preflight, prepare
+from megatron_bupo.preflight import (
+    check_critic,
+    check_data,
+    check_files,
+    check_model,
+    preflight,
+    prepare,
+)
 
 GROUPS_SHOWN = 4
 
@@ -71,9 +78,11 @@ def dry_run(config: Config, layout: Layout) -> str:
     notes = []
     if config.prepare is None:
         layers = check_files(config).layers
+        check_critic(config)
         notes = [*check_data(config)]
     elif Path(expand(config.model.path)).is_dir():
         layers = check_model(config).layers
+        check_critic(config)
     else:
         layers = None
         made = f"prepare={config.prepare} makes it"
@@ -128,7 +137,9 @@ def _stage(config: Config, layout: Layout, stage: int, chunks: Sequence[range]) 
 
 
 def _phases(config: Config) -> Iterator[str]:
-    first = 0
+    first = config.resting_steps
+    if first:
+        yield f"{_numbered('step', range(first))}: critic alone"
     read_out = ", read out through the final norm" if config.bupo.read_out_norm else ""
     read_out += ", under bupo.internal_layout" if config.bupo.internal_layout is not None else ""
     for layer, steps in config.bupo.phases():
