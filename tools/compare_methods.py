@@ -175,7 +175,8 @@ def tell(
         console.print(comparison_tables.as_rich(*table))
     console.print(comparison_tables.legend(comparison), highlight=False, markup=False)
     drawn = comparison_figures.draw(out, comparison, curves, panels)
-    console.print(f"{out}: comparison.md, comparison.json, {', '.join(p.name for p in drawn)}")
+    names = ["comparison.md", "comparison.json", *(path.name for path in drawn)]
+    console.print(f"{out}: {', '.join(names)}")
 
 
 def questions_of(config: Config) -> int | None:

@@ -41,24 +41,26 @@ ENTROPY = Drawn(
 def draw(
     out: Path, comparison: Comparison, curves: Curves, panels: Mapping[str, Sequence[str]]
 ) -> list[Path]:
-    """The PNGs."""
+    """The PNGs, of a reference and others."""
     shown = {title: [name for name in names if name in curves] for title, names in panels.items()}
     reference = comparison.rows[0].method.name
     shown = {title: names for title, names in shown.items() if set(names) - {reference}}
-    drawn = [out / "differences.png"]
-    _save(_differences(comparison, shown), drawn[0])
-    if shown:
-        drawn += [out / "learning_curves.png", out / "entropies.png"]
-        _save(_panels(curves, shown, reference, ACCURACY), drawn[1])
-        _save(_panels(curves, shown, reference, ENTROPY), drawn[2])
-    return drawn
+    if not shown:
+        return []
+    figures = {
+        "differences": _differences(comparison, shown),
+        "learning_curves": _panels(curves, shown, reference, ACCURACY),
+        "entropies": _panels(curves, shown, reference, ENTROPY),
+    }
+    return [_save(figure, out / f"{name}.png") for name, figure in figures.items()]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
     figure.savefig(path)
+    return path
 
 
 def _panels(
