@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,6 +18,9 @@ from typing import Any
 import pytest
 
 from megatron_bupo.bed.chain_sums import CHARACTERS
+from megatron_bupo.data.packing import pack
+from megatron_bupo.planning_credit import sampled_entropies
+from tests.record.dumps import two_groups
 from tests.runs import Bed, metrics
 
 QUIET = ["evaluation.every=0", "logging.tensorboard=false", "debug.dump_rollouts=true"]
@@ -185,6 +189,21 @@ def test_a_placebo_weighs_as_many_other_tokens_of_each_response(
                 assert sum(weighed) == sum(plans)
                 moved += weighed != plans
     assert moved
+
+
+def test_entropies_that_the_engine_tells_stand_at_their_tokens_and_some_are_none():
+    groups, _ = two_groups()
+    batch = pack(groups, 0)
+    entropies = sampled_entropies(batch, groups)
+    assert entropies is not None
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    for row, rollout in zip(entropies.tolist(), rollouts, strict=True):
+        begin, end = 4, 4 + len(rollout.response_ids)
+        assert row[begin:end] == pytest.approx(list(rollout.entropies or ()))
+        assert not any([*row[:begin], *row[end:]])
+    silent = replace(rollouts[1], entropies=None)
+    untold = [replace(groups[0], rollouts=(rollouts[0], silent)), groups[1]]
+    assert sampled_entropies(batch, untold) is None
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
