@@ -64,7 +64,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_bupo", "megatron_bupo.*"]),
-    package_data={"megatron_bupo.record": ["*.html"], "megatron_bupo.evaluation": ["*.yaml"]},
+    package_data={
+        "megatron_bupo.analysis": ["*.html"],
+        "megatron_bupo.evaluation": ["*.yaml"],
+        "megatron_bupo.record": ["*.html"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-bupo = megatron_bupo.cli:main"]},

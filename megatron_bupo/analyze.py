@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from megatron_bupo.algorithm.bupo import FULL
 from megatron_bupo.algorithm.entropy_flow import Readings
 from megatron_bupo.analysis.moments import Moments, pooled
 from megatron_bupo.analysis.parts import add_part, add_tokens, read_parts
+from megatron_bupo.analysis.present import present
 from megatron_bupo.analysis.results import READ_OUTS, RESULTS, TABLE, results, table, write_results
+from megatron_bupo.analysis.stages import advise, as_record
 from megatron_bupo.commands.analyze import SAMPLED, Analysis, response_lengths
 from megatron_bupo.commands.score import GivenResponse
 from megatron_bupo.config import expand
@@ -32,7 +35,9 @@ from megatron_bupo.errors import InputError
 from megatron_bupo.generate import NOT_GRADED, Answers, lines_of
 from megatron_bupo.hf.reader import slice_opener
 from megatron_bupo.hf.tensors import read_index
+from megatron_bupo.logit_lens import keep_lens
 from megatron_bupo.mcore import parallel
+from megatron_bupo.mcore.logit_lens import LensReader
 from megatron_bupo.mcore.residual_readings import ResidualReader
 from megatron_bupo.preflight import Preflight
 from megatron_bupo.record.bar import Bars
@@ -54,7 +59,9 @@ def analyze(analysis: Analysis) -> None:
         live = ready.config.logging.progress
         bars = stack.enter_context(Bars(on=collective.is_first(), live=live))
         responses = analysis.responses or sampled(analysis, bars)
-        parts = read_all(analysis, responses, bars)
+        reader = cache(partial(_reader, analysis))
+        parts = read_all(analysis, responses, bars, reader)
+        keep_lens(analysis, responses, reader)
         if collective.is_first():
             for line in write(analysis, parts):
                 bars.say(line)
@@ -123,7 +130,12 @@ def _append(path: Path, groups: Sequence[RolloutGroup]) -> None:
         os.fsync(file.fileno())
 
 
-def read_all(analysis: Analysis, responses: Sequence[GivenResponse], bars: Bars) -> list[Moments]:
+def read_all(
+    analysis: Analysis,
+    responses: Sequence[GivenResponse],
+    bars: Bars,
+    reader: Callable[[], ResidualReader],
+) -> list[Moments]:
     """What was read of all `responses`, in parts; on the first rank alone."""
     lengths = response_lengths(responses)
     parts = read_parts(analysis.out, lengths) if collective.is_first() else []
@@ -131,9 +143,8 @@ def read_all(analysis: Analysis, responses: Sequence[GivenResponse], bars: Bars)
     bars.begin("reading", sum(lengths), "response tokens", done=sum(lengths[:done]))
     if done == len(responses):
         return parts
-    reader = _reader(analysis)
     for some in rounds(analysis.ready, responses, done):
-        readings = reader.read(as_batch(responses[some]))
+        readings = reader().read(as_batch(responses[some]))
         _check_finite(analysis, readings)
         if collective.is_first():
             parts.append(_keep(analysis, some.start, responses[some], readings))
@@ -156,11 +167,11 @@ def rounds(ready: Preflight, responses: Sequence[GivenResponse], first: int) -> 
     yield slice(first, len(responses))
 
 
-def _reader(analysis: Analysis) -> ResidualReader:
+def _reader(analysis: Analysis) -> LensReader:
     config = analysis.ready.config
     with ExitStack() as files:
         open_slice = slice_opener(read_index(expand(config.model.path)), files)
-        return ResidualReader(analysis.architecture, config, open_slice, normed=analysis.normed)
+        return LensReader(analysis.architecture, config, open_slice, normed=analysis.normed)
 
 
 def _check_finite(analysis: Analysis, readings: Readings) -> None:
@@ -188,6 +199,7 @@ def write(analysis: Analysis, parts: Sequence[Moments]) -> Iterator[str]:
     """Write the results; what to tell of them, in lines."""
     config, moments = analysis.ready.config, Moments.joined(parts)
     confidence = config.evaluation.confidence
+    arch = analysis.architecture
     about = {
         "model": Path(expand(config.model.path)).resolve().name,
         "data": {
@@ -195,6 +207,13 @@ def write(analysis: Analysis, parts: Sequence[Moments]) -> Iterator[str]:
             "tokens": int(moments.tokens.sum()),
             "source": analysis.source,
             "sampled": analysis.responses is None,
+        },
+        "architecture": {
+            "model_type": arch.family,
+            "layers": arch.layers,
+            "hidden_size": arch.hidden_size,
+            "vocab_size": arch.vocab_size,
+            "tied_embeddings": arch.tied,
         },
         "settings": analysis.settings,
         "versions": {
@@ -205,6 +224,7 @@ def write(analysis: Analysis, parts: Sequence[Moments]) -> Iterator[str]:
     }
     read_out = "norm" if analysis.normed else "raw"
     columns = pooled(moments, confidence=confidence)
+    about |= as_record(*advise(moments, confidence=confidence))
     content = results(columns, read_out=read_out, confidence=confidence, about=about)
     write_results(analysis.out, content)
     yield from table(content)
@@ -213,4 +233,7 @@ def write(analysis: Analysis, parts: Sequence[Moments]) -> Iterator[str]:
         f"{about['data']['tokens']} tokens of {about['data']['responses']} responses, read out "
         f"{READ_OUTS[read_out]}; full policy: entropy {full['entropy_nats']:.3f} nats"
     )
-    yield f"in {analysis.out}: {RESULTS}, {TABLE}"
+    if (recommended := content["recommendation"]) is not None:
+        yield f"bupo.target_layer={recommended['target_layer']}: {recommended['reason']}"
+    page, *figures = present(analysis.out)
+    yield f"in {analysis.out}: {page.name}, {figures[0].parent.name}, {RESULTS}, {TABLE}"

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from functools import partial
 
 from megatron_bupo import __version__
-from megatron_bupo.errors import InputError
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that reports a wrong command line the way everything else is reported."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage."""
-        raise InputError("command line", message, f"see `{self.prog} --help`")
+from megatron_bupo.command_line import Parser, add_overrides, count
+from megatron_bupo.convert_arguments import add_convert
 
 
 def parser() -> Parser:
@@ -32,7 +25,7 @@ def parser() -> Parser:
     _add_score(commands)
     _add_analyze(commands)
     _add_rollouts(commands)
-    _add_convert(commands)
+    add_convert(commands)
     _add_bed(commands)
     return parser
 
@@ -52,7 +45,7 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> None:
         action="store_true",
         help="print the resolved config and the layout, and start nothing",
     )
-    _add_overrides(parser)
+    add_overrides(parser)
 
 
 def _add_eval(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -76,7 +69,7 @@ def _add_eval(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument(
         "--beside", metavar="MODEL", help="show the paper's results; default: by the model's name"
     )
-    _add_overrides(parser)
+    add_overrides(parser)
 
 
 def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -98,7 +91,7 @@ def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
         "--grade", action="store_true", help="compare with the answers in --data by reward.function"
     )
     parser.add_argument("--out", metavar="FILE", help="JSONL to write; `score` reads it")
-    _add_overrides(parser)
+    add_overrides(parser)
 
 
 def _add_score(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -115,7 +108,7 @@ def _add_score(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("--data", metavar="FILE", required=True, help="JSONL, a row per response")
     _add_policy(parser, action="store", default="full")
     parser.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
-    _add_overrides(parser)
+    add_overrides(parser)
 
 
 def _add_analyze(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -127,16 +120,25 @@ def _add_analyze(commands: argparse._SubParsersAction[Parser]) -> None:
         epilog="example: megatron-bupo analyze --model DIR --data math500.jsonl --out OUT",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", metavar="DIR", required=True, help="HF checkpoint directory")
+    parser.add_argument(
+        "--model", metavar="DIR", help="HF checkpoint directory; without: draw --out again"
+    )
     parser.add_argument("--data", metavar="FILE", help="prompts, to sample a response to each")
-    parser.add_argument("--prompts", metavar="N", type=_count, default=100, help="default: 100")
+    parser.add_argument("--prompts", metavar="N", type=count, default=100, help="default: 100")
     parser.add_argument("--responses", metavar="FILE", help="JSONL as `score` reads it, instead")
     parser.add_argument("--out", metavar="DIR", required=True, help="where all of it goes")
     parser.add_argument("--per-token", action="store_true", help="keep every number of each token")
     parser.add_argument(
+        "--lens-responses",
+        metavar="N",
+        type=partial(count, least=0),
+        default=3,
+        help="responses whose tokens the report goes through, layer by layer; default: 3",
+    )
+    parser.add_argument(
         "--read-out", choices=("raw", "norm"), default="raw", help="norm: through the final norm"
     )
-    _add_overrides(parser)
+    add_overrides(parser)
 
 
 def _add_rollouts(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -154,111 +156,14 @@ def _add_rollouts(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("--step", metavar="N,...|last|all", default="last", help="counted from 0")
     parser.add_argument("--prompt", metavar="N", type=int, help="its row in the data set")
     some = parser.add_mutually_exclusive_group()
-    some.add_argument("--worst", metavar="K", type=_count, help="those of the K lowest rewards")
-    some.add_argument("--best", metavar="K", type=_count, help="those of the K highest rewards")
+    some.add_argument("--worst", metavar="K", type=count, help="those of the K lowest rewards")
+    some.add_argument("--best", metavar="K", type=count, help="those of the K highest rewards")
     some.add_argument("--html", metavar="FILE", help="write a page, which sorts and filters itself")
-    parser.add_argument("--limit", metavar="K", type=_count, default=32, help="at most K of a step")
+    parser.add_argument("--limit", metavar="K", type=count, default=32, help="at most K of a step")
     parser.add_argument(
         "--strategic-grams", metavar="FILE", help="mark planning tokens: as hicra.grams"
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="default: that of the run")
-
-
-def _count(text: str) -> int:
-    """A number from 1 up."""
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
-    return int(text)
-
-
-def _add_convert(commands: argparse._SubParsersAction[Parser]) -> None:
-    parser = commands.add_parser(
-        "convert",
-        help="HF checkpoints to Megatron-Core's torch_dist and back",
-        description="Convert checkpoints, in one process and a tensor at a time. A conversion that "
-        "was killed goes on by the same command.",
-        allow_abbrev=False,
-    )
-    conversions = parser.add_subparsers(dest="conversion", required=True, metavar="DIRECTION")
-    there = conversions.add_parser(
-        "hf-to-megatron",
-        help="HF directory -> torch_dist, cut for any layout",
-        epilog="example: megatron-bupo convert hf-to-megatron --hf DIR --out DIR parallel.tp=2 "
-        "parallel.pp=2",
-        allow_abbrev=False,
-    )
-    there.add_argument("--hf", metavar="DIR", required=True, help="HF checkpoint directory")
-    _add_conversion(there)
-    _add_overrides(there)
-    back = conversions.add_parser(
-        "megatron-to-hf",
-        help="torch_dist or a training checkpoint -> HF directory",
-        epilog="example: megatron-bupo convert megatron-to-hf --megatron runs/demo --out DIR",
-        allow_abbrev=False,
-    )
-    back.add_argument(
-        "--megatron",
-        metavar="DIR",
-        required=True,
-        help="torch_dist directory, training checkpoint (run_dir/checkpoints/step_N), or run_dir: "
-        "its newest checkpoint",
-    )
-    back.add_argument(
-        "--like", metavar="DIR", help="HF directory with config.json and tokenizer to take"
-    )
-    back.add_argument(
-        "--shard-bytes",
-        metavar="N",
-        type=_count,
-        default=4 * 2**30,
-        help="most bytes of tensors in a file (default: 4 GiB)",
-    )
-    _add_conversion(back)
-    _add_verify(conversions)
-
-
-def _add_verify(conversions: argparse._SubParsersAction[Parser]) -> None:
-    parser = conversions.add_parser(
-        "verify",
-        help="are two checkpoints the same model? exit code 1 where they are not",
-        description="Compare two checkpoints, each an HF directory or a Megatron one: every tensor "
-        "bit by bit, config and tokenizer, and log-probs of the whole vocabulary on random tokens.",
-        epilog="example: megatron-bupo convert verify HF_DIR MEGATRON_DIR parallel.tp=2",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--hf", metavar="DIR", help="one of the two, as an HF directory")
-    parser.add_argument("--megatron", metavar="DIR", help="one of the two, as --megatron elsewhere")
-    parser.add_argument("--no-logits", action="store_true", help="compute nothing: compare files")
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-5,
-        help="of log-probs, times the largest of their position (default: 1e-5)",
-    )
-    parser.add_argument("--sequences", type=_count, default=4, metavar="N", help="default: 4")
-    parser.add_argument(
-        "--tokens", type=_count, default=32, metavar="N", help="of each; default 32"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
-    parser.add_argument("--json", metavar="FILE", help="write all that was found")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="FIRST SECOND [KEY=VALUE ...]",
-        help="the two checkpoints; and the layout of a Megatron one, e.g. parallel.tp=2",
-    )
-
-
-def _add_conversion(parser: Parser) -> None:
-    parser.add_argument("--out", metavar="DIR", required=True, help="directory to make")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="cast all weights; default: every one stays as it is stored",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace DIR, once the new one is complete"
-    )
 
 
 def _add_bed(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -284,14 +189,4 @@ def _add_policy(parser: Parser, *, action: str, default: str | None) -> None:
         "--read-out-norm",
         action="store_true",
         help="apply the final norm before unembedding an internal layer",
-    )
-
-
-def _add_overrides(parser: Parser) -> None:
-    parser.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        default=[],
-        help="settings by dotted key, the value in YAML; later ones win",
     )

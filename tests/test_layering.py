@@ -47,11 +47,14 @@ ON_TOP = {
     "sample",
     "score",
     "analyze",
+    "logit_lens",
     "generate",
     "evaluate",
     "replay",
     "rollout_only",
     "arguments",
+    "command_line",
+    "convert_arguments",
     "cli",
     "convert",
     "convert_source",
@@ -79,7 +82,16 @@ ONLY_OTHERS = {
 SERVER_SIDE = PACKAGE / "rollout" / "server_side"
 
 # These answer (a config error, --help, a dry run) before anything heavy is imported.
-WITHOUT_TORCH = {"types", "errors", "checkpoints", "config", "hf", "arguments", "cli"}
+WITHOUT_TORCH = {
+    "types",
+    "errors",
+    "checkpoints",
+    "config",
+    "hf",
+    "arguments",
+    "command_line",
+    "cli",
+}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

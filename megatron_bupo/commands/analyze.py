@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_bupo.analysis.parts import read_parts
+from megatron_bupo.analysis.present import present
 from megatron_bupo.commands.score import GivenResponse, read_responses
 from megatron_bupo.config import Config, expand, load_config
 from megatron_bupo.config.checks import check
@@ -63,12 +64,18 @@ class Analysis:
     source: str  # the file that responses or prompts are from
     normed: bool
     per_token: bool
+    lens_responses: int  # whose tokens the report goes through
     out: Path
     settings: Mapping[str, Any]
 
 
 def run(args: Namespace) -> None:
-    """Sample what is to be sampled, read what has not been read, and write what came of it."""
+    """Sample what is to be sampled, read what has not been read, and write what came of it; without
+    a model: draw what came of it again.
+    """
+    if args.model is None:
+        _draw_again(args)
+        return
     analysis = read_analysis(args)
     _check_out(analysis.out)
     from megatron_bupo.analyze import analyze
@@ -81,6 +88,17 @@ def run(args: Namespace) -> None:
         except (KeyboardInterrupt, Terminated, RankFailed, RunStopped) as error:
             error.add_note("stopped; the same command goes on where it was")
             raise
+
+
+def _draw_again(args: Namespace) -> None:
+    """Figures and report of a finished `--out`, from the files in it alone."""
+    given = "--data" if args.data else "--responses" if args.responses else " ".join(args.overrides)
+    if given:
+        reason = "there is no model to read, and drawing --out again needs neither"
+        raise InputError(given, reason, "give --model, or --out alone")
+    out = Path(expand(args.out))
+    for path in present(out):
+        print(path)
 
 
 def read_analysis(args: Namespace) -> Analysis:
@@ -120,6 +138,7 @@ def read_analysis(args: Namespace) -> Analysis:
         Path(args.responses or args.data).name,
         normed,
         args.per_token,
+        args.lens_responses,
         Path(expand(args.out)),
         _settings(args, config, responses, prompts),
     )

@@ -16,7 +16,7 @@ from rich.text import Text
 from megatron_bupo.algorithm.planning_tokens import StrategicGrams, planning_mask
 from megatron_bupo.config import expand
 from megatron_bupo.data.gram_files import read_grams
-from megatron_bupo.data.token_texts import token_texts
+from megatron_bupo.data.token_texts import pieces, token_texts
 from megatron_bupo.errors import InputError
 from megatron_bupo.record.rollout_files import (
     FOLDER,
@@ -137,12 +137,8 @@ def read_aloud(
 ) -> ReadableRollout:
     """`rollout` with its tokens as text, and which of them plan."""
     text, spans = token_texts(rollout.response_ids, decode)
-    starts = [0, *(end for _, end in spans)]
-    pieces = tuple(
-        text[max(start, before) : end] for (start, end), before in zip(spans, starts, strict=False)
-    )
     planning = None if grams is None else tuple(planning_mask(text, spans, grams))
-    return ReadableRollout(rollout, pieces, planning)
+    return ReadableRollout(rollout, pieces(text, spans), planning)
 
 
 def write_page(path: Path, page: str) -> None:

@@ -35,6 +35,16 @@ def token_texts(ids: Sequence[int], decode: Decode) -> tuple[str, list[Span]]:
     return text, spans
 
 
+def pieces(text: str, spans: Sequence[Span]) -> tuple[str, ...]:
+    """`text` cut into the tokens that `token_texts` found; of those that make up one character,
+    the first has it.
+    """
+    starts = [0, *(end for _, end in spans)]
+    return tuple(
+        text[max(start, before) : end] for (start, end), before in zip(spans, starts, strict=False)
+    )
+
+
 def _shares(grown: Sequence[str]) -> list[Span]:
     """The characters of the last of `grown` that each token has a part in."""
     final, whole, shares = grown[-1], 0, []
