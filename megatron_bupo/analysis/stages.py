@@ -13,7 +13,7 @@ single layer does not turn::
 Levels are medians, so that a layer is "about 0" where it is nearer to 0 than to the level of the
 region next to it: dH_ffn in [-n/2, p/2]. A level counts if it is larger than the noise: what layers
 differ by from the middle of their two neighbours (the median), or by chance (the median half-width
-of their intervals).
+of their intervals). One layer alone does not explore: noise looks like that too.
 
 The last layer's policy is not an internal one, so a model that explores to its end is trained at
 L - 1, as is one that does not explore at all: the paper's Llama models are, at 27 of 28 and 31 of
@@ -110,7 +110,8 @@ def exploration_ends(changes: Array, noise: float) -> Array:
         costs.append(np.abs(positive[:, :end] - level[:, None]).sum(axis=1) + above[:, end - 1])
         levels.append(level)
     ends = np.argmin(costs, axis=0)
-    return np.where(np.take_along_axis(np.array(levels), ends[None], 0)[0] > noise, ends, 0)
+    level = np.take_along_axis(np.array(levels), ends[None], 0)[0]
+    return np.where((level > noise) & (ends > 1), ends, 0)
 
 
 def _convergence(changes: Array, start: int, noise: float) -> tuple[int, int]:
