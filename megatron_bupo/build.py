@@ -89,7 +89,8 @@ def build(ready: Preflight) -> Run:
             closing=ExitStack(),
         )
         if path is not None:
-            engine.load_weights(trainer.all_weights(), version=first_step)
+            version = config.learned_steps(first_step)
+            engine.load_weights(trainer.all_weights(), version=version)
         engine.wait_until_up(journal.say)
         run.closing = stack.pop_all()
         return run
@@ -132,6 +133,7 @@ def _rollouts(
         first_step=first_step,
         last_step=config.steps,
         staleness_at=staleness_at,
+        resting_steps=config.resting_steps,
         recorded=isinstance(prompts, Replay),
     )
 

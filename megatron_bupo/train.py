@@ -75,9 +75,7 @@ def train_step(run: Run, step: int) -> None:
         full = scores if policy == FULL else full
         journal.dump(groups, grades, Learned(policy, batch, scores))
         run.warn(run.skipped.after(step, updates))
-        with journal.doing("sync"):
-            sync = run.engine.load_weights(trainer.changed_weights(policy), version=step + 1)
-        journal.note(measures.sync_measures(sync))
+        sync_weights(policy, step, run)
         known = measures.policy_measures(policy, scores, batch, full=full)
         journal.note(known)
         run.warn(run.mismatch.after(step, known))
@@ -159,6 +157,16 @@ def update_policy(batch: TokenBatch, policy: Policy, step: int, run: Run) -> lis
         updates = [run.trainer.update(minibatch, policy, lr=lr) for minibatch in minibatches]
     run.journal.note(measures.update_measures(updates, lr))
     return updates
+
+
+def sync_weights(policy: Policy, step: int, run: Run) -> None:
+    """Bring what `step` has changed to the engine."""
+    if policy == NO_POLICY:
+        return
+    version = run.config.learned_steps(step + 1)
+    with run.journal.doing("sync"):
+        sync = run.engine.load_weights(run.trainer.changed_weights(policy), version=version)
+    run.journal.note(measures.sync_measures(sync))
 
 
 def needs_entropies(step: int, run: Run) -> bool:

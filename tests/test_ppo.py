@@ -69,7 +69,7 @@ def test_the_critic_warms_up_alone_and_the_phases_come_after_it(
     assert rates == pytest.approx([0, 0, 1.25e-4, 2.5e-4, 3.75e-4, 5e-4])
     rates = [line["critic/learning_rate"] for line in lines]
     assert rates == pytest.approx([1e-3 * (6 - step) / 6 for step in range(6)])
-    assert [line["sync/sent_bytes"] > 0 for line in lines] == [False] * 2 + [True] * 4
+    assert ["sync/sent_bytes" in line for line in lines] == [False] * 2 + [True] * 4
     assert lines[0]["critic/values_mean"] == 0  # a head of zeros
     assert all(line["critic/values_mean"] != 0 for line in lines[1:])
     assert all(line["critic/grad_norm"] > 0 for line in lines)

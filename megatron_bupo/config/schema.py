@@ -238,6 +238,10 @@ class Config:
         """Steps at the start in which the policy does not learn yet, but the critic."""
         return self.critic.warmup_steps if self.has_critic else 0
 
+    def learned_steps(self, step: int) -> int:
+        """Those of the run's first `step` steps that train the policy: its weights' version."""
+        return max(0, step - self.resting_steps)
+
     @property
     def of_critic(self) -> Config:
         """The critic's settings, as if it were a model that trains by itself."""

@@ -18,7 +18,7 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
 from megatron_bupo import progress
-from megatron_bupo.algorithm.bupo import NO_POLICY, InternalLayerPolicy, Policy
+from megatron_bupo.algorithm.bupo import InternalLayerPolicy, Policy
 from megatron_bupo.config.optimizer_rules import layers_of
 from megatron_bupo.hf.architecture import Architecture, DecoderSizes
 from megatron_bupo.hf.tensors import expected_tensors
@@ -45,8 +45,6 @@ def trained_units(
     """The units that a step of `policy` changes (appendix A.4), in model order, each with its
     factor on the learning rate; `lr_factors` are those of `optimizer.lr_factors`, 0: frozen.
     """
-    if policy == NO_POLICY:
-        return {}
     factors: dict[Unit, float] = {}
     for key, factor in (lr_factors or {}).items():
         layers = layers_of(key)

@@ -36,20 +36,23 @@ class RolloutStream:
         first_step: int,
         last_step: int,
         staleness_at: Callable[[int], int],
+        resting_steps: int = 0,
         recorded: bool = False,
     ) -> None:
         """`staleness_at(step)`: how many updates the weights that it samples from may be behind.
-        `recorded`: responses come from an earlier run and may be of any weights.
+        `resting_steps`: at the start leave the weights what they are, at version 0. `recorded`:
+        responses come from an earlier run and may be of any weights.
         """
         self.engine, self.prompts_at, self.sampling_at = engine, prompts_at, sampling_at
         self.last_step, self.staleness_at, self.recorded = last_step, staleness_at, recorded
+        self.resting_steps = resting_steps
         self._next = first_step  # to begin
         self._under_way: dict[int, tuple[float, Pending]] = {}  # by step, and since when
         self._measures: dict[str, float] = {}
 
     def at(self, step: int) -> list[RolloutGroup]:
-        """The responses of `step`, the same on every rank, when the weights have version `step`.
-        Steps are asked for in order. Collective.
+        """The responses of `step`, the same on every rank, when the weights have learned from all
+        steps before it. Steps are asked for in order. Collective.
         """
         asked = time.monotonic()
         while self._next < self.last_step and self._next - self.staleness_at(self._next) <= step:
@@ -58,8 +61,9 @@ class RolloutStream:
             self._next += 1
         began, pending = self._under_way.pop(step)
         groups = pending.collect()
-        behind = [step - r.policy_version for group in groups for r in group.rollouts]
-        self._check(step, behind)
+        version = max(0, step - self.resting_steps)
+        behind = [version - r.policy_version for group in groups for r in group.rollouts]
+        self._check(step, version, behind)
         self._measures = {
             "rollout/staleness_mean": fmean(behind),
             "rollout/staleness_max": float(max(behind)),
@@ -80,12 +84,12 @@ class RolloutStream:
         """
         return self._measures
 
-    def _check(self, step: int, behind: Sequence[int]) -> None:
+    def _check(self, step: int, version: int, behind: Sequence[int]) -> None:
         """No response is older than its step allows, nor of weights that are yet to come."""
         most = self.staleness_at(step)
         wrong = [n for n in behind if not 0 <= n <= most]
         if wrong and not self.recorded:
             raise RuntimeError(
-                f"a response of step {step} was drawn with weights of version {step - wrong[0]}; "
-                f"allowed are versions {step - most} to {step}"
+                f"a response of step {step} was drawn with weights of version "
+                f"{version - wrong[0]}; allowed are versions {version - most} to {version}"
             )
