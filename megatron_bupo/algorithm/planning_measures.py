@@ -1,16 +1,17 @@
 """What do responses plan, and how sure is the policy where they do? HICRA's instruments.
 
-Frequencies are turned into entropies by the plug-in estimator, -sum f log f, in nats. It cannot
-exceed ln(number of different things that can be found), and it is too low while counts are small:
-by about (different things - 1) / (2 x things counted). So compare steps that found about equally
-many grams.
+Frequencies are turned into entropies by the plug-in estimator, -sum f log f, in nats. It ends at
+ln(number of different things that there are) and is too low while counts are small, by about
+(different things seen - 1) / (2 x things counted). So compare steps that found about equally many
+grams.
 
-- Semantic entropy (arXiv 2509.03646, section 4): of the distribution of the strategic grams, or of
-  their clusters, over all places where one stands. A gram inside a longer one that stands there is
-  part of that one and does not count. It ends at ln(number of grams).
-- What follows: of the word after a gram, given the gram, averaged by the grams' frequencies. One
-  word (or punctuation mark): in real solutions a gram stands 17 times in a step of 1,024
-  responses, and of three words nearly all that is seen is how often (see DESIGN.md).
+- Semantic entropy (arXiv 2509.03646): of the distribution of the strategic grams, or of their
+  clusters, over all places where one stands. A gram inside a longer one that stands there is part
+  of that one and does not count. It ends at ln(number of grams).
+- What follows: of the word (or punctuation mark) after a gram, given the gram, averaged by the
+  grams' frequencies; too low by about (different pairs - different grams) / (2 x grams counted).
+  One word, because of more words the counts are too small: in 256, 512 and 1,024 real solutions
+  it is 1.04, 1.42 and 1.68 nats, of three words 1.55, 2.12 and 2.61.
 """
 
 from __future__ import annotations
