@@ -89,8 +89,7 @@ def build(ready: Preflight) -> Run:
             closing=ExitStack(),
         )
         if path is not None:
-            version = config.learned_steps(first_step)
-            engine.load_weights(trainer.all_weights(), version=version)
+            engine.load_weights(trainer.all_weights(), version=config.learned_steps(first_step))
         engine.wait_until_up(journal.say)
         run.closing = stack.pop_all()
         return run

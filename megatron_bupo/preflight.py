@@ -137,7 +137,7 @@ def _check_critic_vocabulary(config: Config, critic: Architecture) -> None:
         own = _vocabulary(config.critic.path or "")
     for token, index in policys.items():
         if own.get(token) != index:
-            reason = f"its tokenizer has another id for {token!r} than the policy's, {index}"
+            reason = f"its tokenizer does not give {token!r} the id {index}, as the policy's does"
             raise InputError(where, reason, way_out)
         if index >= critic.vocab_size:
             reason = f"its vocabulary ends at {critic.vocab_size - 1}, but {token!r} is {index}"
