@@ -8,7 +8,7 @@ single layer does not turn::
 
     exploration  layers 1..a    nearest to max( dH_ffn, 0) is: a level p in them, 0 above
     convergence  layers b..c    nearest to max(-dH_ffn, 0) is: a level n in them, 0 elsewhere, b > a
-    integration  layers between
+    integration  layers between, or all above exploration; none where nothing explores
 
 Levels are medians, so that a layer is "about 0" where it is nearer to 0 than to the level of the
 region next to it: dH_ffn in [-n/2, p/2]. A level counts if it is larger than the noise: what layers
@@ -77,12 +77,11 @@ class Recommendation:
 def find_stages(changes: Array, half_widths: Array | None = None) -> Stages:
     """Of dH_ffn `[layers]` in nats and the half-widths of their intervals; None, NaN: not known."""
     noise = noise_of(changes, half_widths)
-    layers = len(changes)
     end = int(exploration_ends(changes[None], noise)[0])
     first, last = _convergence(changes, end, noise)
-    bounds = [(EXPLORATION, 0, end), (INTEGRATION, end, first), (CONVERGENCE, first, last)]
-    if first == last:
-        bounds = [(EXPLORATION, 0, end), (INTEGRATION, end, layers if end else 0)]
+    bounds = [(EXPLORATION, 0, end), (CONVERGENCE, first, last)]
+    if end:
+        bounds.insert(1, (INTEGRATION, end, first))
     stages = tuple(
         Stage(name, start + 1, stop, float(np.median(changes[start:stop])))
         for name, start, stop in bounds
@@ -173,7 +172,7 @@ def _reason(explored: Stage | None, layers: int) -> str:
     deep = f"layer {layers - 1}, the last whose policy is an internal one, is what the paper trains"
     deep += " in its Llama models (27 of 28, 31 of 32)"
     if explored is None:
-        return f"the FFNs of the lowest layers raise entropy by no more than noise, and {deep}"
+        return f"the FFNs of the lowest layers do not raise entropy by more than noise, and {deep}"
     if explored.last == layers:
         return f"FFNs raise entropy up to the last layer, and {deep}"
     of = f"layers 1 to {explored.last}" if explored.last > 1 else "layer 1"
