@@ -151,6 +151,7 @@ def dumb_entropies(lines: list[dict[str, Any]]) -> dict[str, float]:
     return known
 
 
+@pytest.mark.slow
 def test_a_run_that_only_watches_its_grams_trains_as_one_that_knows_none(bed: Bed, tmp_path: Path):
     grams = tmp_path / "grams.yaml"
     grams.write_text(json.dumps([{"gram": g, "cluster": c} for g, c in WATCHED.items()]))
