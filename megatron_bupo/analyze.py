@@ -71,8 +71,7 @@ def sampled(analysis: Analysis, bars: Bars) -> tuple[GivenResponse, ...]:
     """A response of the full policy to each prompt; those that are on disk are not drawn again."""
     config, prompts, path = analysis.ready.config, analysis.prompts, analysis.out / SAMPLED
     lines = _whole_lines(path) if collective.is_first() else []
-    rows = [json.loads(line) for line in collective.gather(lines)]
-    answers = [(tuple(row["input_ids"]), tuple(row["response_ids"])) for row in rows]
+    answers = _answers(path, collective.gather(lines))
     if [asked for asked, _ in answers] != [p.input_ids for p in prompts[: len(answers)]]:
         raise InputError(str(path), "has other prompts", "restore it, or choose another --out")
     if len(answers) < len(prompts):
@@ -86,6 +85,16 @@ def sampled(analysis: Analysis, bars: Bars) -> tuple[GivenResponse, ...]:
         reason = f"the model answered nothing to {len(prompts)} prompts"
         raise InputError(f"model.path={config.model.path}", reason, "give other prompts")
     return tuple(GivenResponse(p + r, len(p)) for p, r in answers if r)
+
+
+def _answers(path: Path, lines: Sequence[str]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The token ids of prompts and responses that stand in `path`."""
+    try:
+        rows = [json.loads(line) for line in lines]
+        return [(tuple(row["input_ids"]), tuple(row["response_ids"])) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"is not what was sampled ({type(error).__name__}: {error})"
+        raise InputError(str(path), reason, "restore it, or choose another --out") from None
 
 
 def _draw(analysis: Analysis, first: int, bars: Bars) -> Iterator[list[RolloutGroup]]:

@@ -132,6 +132,10 @@ def test_what_is_sampled_is_read(tmp_path: Path, model: Path):
         assert found["full_policy"][name] == pytest.approx(drawn, abs=TOLERANCE)
 
     lines = (out / "responses.jsonl").read_bytes()
+    (out / "responses.jsonl").write_text("{}\n")
+    done = run("analyze", "--model", model, "--out", out, *command, *SMALL)
+    assert (done.code, done.out) == (2, "")
+    assert "responses.jsonl: is not what was sampled (KeyError: 'input_ids')" in done.err
     (out / "responses.jsonl").write_bytes(lines[: lines.index(b"\n") + 20])  # killed while writing
     for path in (out / "readings").iterdir():
         path.unlink()
