@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 
+from megatron_bupo.algorithm.value import explained_variance
+from megatron_bupo.config.layout import parallel_sizes
+from megatron_bupo.config.schema import CriticConfig, OptimizerConfig
 from megatron_bupo.hf.architecture import read_architecture
 from megatron_bupo.mcore import parallel
 from megatron_bupo.mcore.critic import MegatronCritic, build_critic
@@ -43,8 +48,8 @@ CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def reward_model(model_dir: Path) -> Any:
-    """The tiny language model at `model_dir` as transformers' reward model, which takes its place."""
+def reward_model(model_dir: Path, to: Path) -> Any:
+    """The tiny language model at `model_dir` as transformers' reward model, saved `to`."""
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -52,7 +57,7 @@ def reward_model(model_dir: Path) -> Any:
     )
     with torch.no_grad():
         model.score.weight.copy_(0.05 * torch.randn(model.score.weight.shape))
-    model.save_pretrained(model_dir)
+    model.save_pretrained(to)
     return model
 
 
@@ -86,16 +91,13 @@ def batch_to_learn_from(values: Tensor) -> TokenBatch:
 
 def start_critic(model_dir: Path, **sections: Any) -> MegatronCritic:
     """The critic that begins with `model_dir`, in a worker without groups yet."""
-    import torch.distributed as dist
-
-    from megatron_bupo.config.layout import parallel_sizes
-
     config = run_config(**{"model": {"path": str(model_dir)}, **sections})
     parallel.initialize(parallel_sizes(config, dist.get_world_size()), seed=0)
     return build_critic(read_architecture(model_dir, value_head=True), config)
 
 
-def measure(model_dir: Path, batch: TokenBatch, **sections: Any) -> dict[str, Any]:
+def measure(model_dir: Path, batch: TokenBatch, sections: dict[str, Any]) -> dict[str, Any]:
+    """On each rank: everything that the layout can show."""
     critic = start_critic(model_dir, **sections)
     weights, values = snapshot(critic), critic.values(batch)
     metrics = critic.update(batch, lr=0.0).metrics
@@ -108,13 +110,10 @@ def measure(model_dir: Path, batch: TokenBatch, **sections: Any) -> dict[str, An
 
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_equal_the_dense_reference(
-    case: str, tiny_model_dir: Callable[..., Path]
+    case: str, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ):
-    from megatron_bupo.config.schema import CriticConfig, OptimizerConfig
-
     model, ranks, layout, megatron = CASES[case]
-    model_dir = tiny_model_dir(**model)
-    dense = reward_model(model_dir)
+    dense = reward_model(tiny_model_dir(**model), tmp_path)
     values = dense_values(dense, random_batch())
     batch = batch_to_learn_from(values.detach())
     loss, clipped = loop_value_loss(values, batch, 0.4)
@@ -125,7 +124,7 @@ def test_values_and_gradients_equal_the_dense_reference(
     assert 0.1 < clipped < 0.9
     critic = CriticConfig(clip_range=0.4, optimizer=OptimizerConfig(clip_grad=1e9))
     sections = {"parallel": layout, "megatron": megatron, "critic": critic}
-    for seen in run_ranks(ranks, measure_with, model_dir, batch, sections):
+    for seen in run_ranks(ranks, measure, tmp_path, batch, sections):
         assert (seen["values"] - values).abs().max() < 1e-5
         assert seen["metrics"]["critic/value_loss"] == pytest.approx(loss.item(), abs=1e-6)
         assert seen["metrics"]["critic/clipped_fraction"] == pytest.approx(clipped)
@@ -137,5 +136,38 @@ def test_values_and_gradients_equal_the_dense_reference(
         assert seen["still"] == []
 
 
-def measure_with(model_dir: Path, batch: TokenBatch, sections: dict[str, Any]) -> dict[str, Any]:
-    return measure(model_dir, batch, **sections)
+def learn_by_heart(model_dir: Path, batch: TokenBatch) -> dict[str, Any]:
+    optimizer = OptimizerConfig(lr_factors={"embedding": 0.0, "1": 0.0})
+    critic = start_critic(model_dir, critic=CriticConfig(optimizer=optimizer))
+    before, first = snapshot(critic), critic.values(batch)
+    foreseen = []
+    for _ in range(60):
+        now = batch.with_values(critic.values(batch))
+        foreseen.append(
+            explained_variance(critic.values(batch), batch.returns, batch.learning_mask)
+        )
+        critic.update(now, lr=3e-3)
+    after = snapshot(critic)
+    return {
+        "first": first,
+        "foreseen": foreseen,
+        "still": {name for name in before if torch.equal(before[name], after[name])},
+        "parameters": sum(p.numel() for chunk in critic.gpt_chunks for p in chunk.parameters()),
+    }
+
+
+def test_a_critic_begins_with_a_head_of_zeros_and_learns_what_is_to_be_learned(
+    tiny_model_dir: Callable[..., Path],
+):
+    """Of a tied language model; what is frozen stays, and there is no unembedding."""
+    model_dir = tiny_model_dir(**QWEN3, tied=True)
+    batch = random_batch()
+    batch = batch.with_returns(torch.randn(batch.input_ids.shape) * batch.response_mask)
+    [seen] = run_ranks(1, learn_by_heart, model_dir, batch)
+    assert not seen["first"].any()
+    assert seen["foreseen"][0] == 0
+    assert seen["foreseen"][-1] > 0.9
+    stored = load_file(model_dir / "model.safetensors")
+    assert seen["parameters"] == sum(t.numel() for t in stored.values()) + 32  # hidden
+    frozen = {n for n in stored if n.startswith(("model.embed_tokens", "model.layers.0."))}
+    assert seen["still"] == frozen
