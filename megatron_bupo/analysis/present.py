@@ -23,14 +23,19 @@ def present(out: Path) -> list[Path]:
     except (KeyError, TypeError, IndexError, ValueError) as error:
         reason = f"is not what an analysis writes ({type(error).__name__}: {error})"
         raise InputError(str(out / RESULTS), reason, "analyze again, with --model") from error
+    except OSError as error:
+        reason = f"cannot be written to ({error})"
+        raise InputError(f"--out {out}", reason, "choose another --out") from None
 
 
 def read_lens(out: Path) -> dict[str, Any] | None:
     """The tokens of the layers, if they are there."""
     try:
-        return json.loads((out / LENS).read_text(encoding="utf-8"))
+        content = json.loads((out / LENS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    whole = isinstance(content, dict) and isinstance(content.get("responses"), list)
+    return content if whole else None
 
 
 def _read_results(out: Path) -> dict[str, Any]:
