@@ -178,7 +178,7 @@ def log_line(record: Mapping[str, Any], steps: int) -> str:
         ),
         _joined(
             record,
-            ("critic/explained_variance", "critic foresees {:.0%}"),
+            ("critic/explained_variance", "critic foresees {:z.0%}"),
             ("critic/grad_norm", "grad {:.2g}"),
             ("critic/skipped", "{:.0f} updates skipped"),
             hide_zero=("critic/skipped",),
@@ -220,7 +220,7 @@ def _rows(records: Sequence[Record]) -> Iterator[tuple[str, Text]]:
         ("reward", "rollout/reward_mean", "{:.3f}"),
         ("H full", "entropy/full_nats", "{:.3f} nats"),
         ("H internal", "entropy/internal_nats", "{:.3f} nats"),
-        ("critic", "critic/explained_variance", "foresees {:.0%}"),
+        ("critic", "critic/explained_variance", "foresees {:z.0%}"),
     ]:
         if key in last:
             yield name, with_trend(key, pattern.format(last[key]))

@@ -47,6 +47,12 @@ def test_a_run_with_a_reference_tells_how_far_it_is():
     )
 
 
+def test_what_a_critic_foresees_is_on_the_line_and_is_never_minus_nothing():
+    for foreseen, shown in ((0.213, "21%"), (-0.001, "0%")):
+        record = {"step": 0, "policy": "critic alone", "critic/explained_variance": foreseen}
+        assert log_line(record, 1) == f"step 1/1  critic alone | critic foresees {shown}"
+
+
 def test_groups_that_were_replaced_are_on_the_line():
     replaced, none = (RUN[0] | {"rollout/replaced_groups": n} for n in (3.0, 0.0))
     assert "response 1830 tok  3 groups replaced |" in log_line(replaced, 300)

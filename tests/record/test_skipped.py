@@ -44,3 +44,14 @@ def test_means_over_a_step_are_those_of_the_updates_that_were_made():
     assert measures["update/loss"] == 0.5
     assert measures["update/skipped"] == 1
     assert math.isnan(update_measures([NAN], lr=1e-3)["update/loss"])
+
+
+def test_the_critics_updates_are_counted_and_named_apart_from_the_policys():
+    bad = {"critic/value_loss": math.nan, "critic/grad_norm": 2.0, "critic/skipped": 1.0}
+    skipped = SkippedUpdates(OptimizerConfig(max_skipped_updates=2), of_critic=True)
+    assert skipped.after(0, [UpdateReport(bad)]) == [
+        "step 1: 1 of 1 updates of the critic skipped: the loss was nan, the gradient norm 2.0"
+    ]
+    with pytest.raises(InputError, match=r"a lower critic\.optimizer\.lr, "):
+        skipped.after(1, [UpdateReport(bad)])
+    assert update_measures([UpdateReport(bad)], lr=1e-3, area="critic")["critic/skipped"] == 1
