@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before anything imports them: Hugging Face libraries read these once.
@@ -19,10 +20,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs import ROOT, Bed, Done, make_bed, run_python
+from tests.runs import Bed, make_bed
 from tests.tiny_models import make_tiny_model
 
 torch.set_num_threads(1)
+
+
+def pytest_configure() -> None:
+    gc.disable()  # a million objects are imported, and none of them is garbage
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -57,13 +67,3 @@ def finished(bed: Bed, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     bed.train(run_dir)
     return run_dir
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
-    """How the demo ended in a fresh home, and that home: its run is in `run`."""
-    home = tmp_path_factory.mktemp("home")
-    settings = ["--config", ROOT / "conf" / "demo.yaml", f"run_dir={home / 'run'}"]
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("HOME", str(home))
-        return run_python("-m", "megatron_bupo", "train", *settings, timeout_s=500), home

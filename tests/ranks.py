@@ -44,7 +44,6 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_s: float =
     numbers, or containers of them.
     """
     context = multiprocessing.get_context("fork")
-    gc.freeze()  # else each worker's collector walks through, and so copies, all that we hold
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         readers: list[Connection] = []
@@ -59,7 +58,6 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_s: float =
                 workers.append(worker)
             return _answers(readers, time.monotonic() + timeout_s)
         finally:
-            gc.unfreeze()
             for worker in workers:
                 with contextlib.suppress(ProcessLookupError):  # not yet a session of its own
                     os.killpg(worker.pid, signal.SIGKILL)
@@ -97,6 +95,7 @@ def _work(
     args: tuple[Any, ...],
 ) -> None:
     """One worker: join the group, run, answer, and wait for the end."""
+    gc.freeze()  # else its collector walks through, and so copies, all that the parent holds
     os.setsid()  # so that one killpg reaches what the worker starts
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # pytest killed: die with it
     torch.set_num_threads(1)  # the parent's OpenMP threads did not survive the fork

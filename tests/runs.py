@@ -19,6 +19,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ HEAVY = (
     "megatron_bupo.score",
     "transformers.models.qwen3.modeling_qwen3",
     "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
 )
 MARK = "MEGATRON_BUPO_TEST_RUN"  # in the environment of all that a command starts by exec
 
@@ -144,22 +146,30 @@ def run_python(*argv: object, timeout_s: float = 120) -> Done:
 
 def fork(function: Callable[[], int], *, env: Mapping[str, str] | None = None) -> Running:
     """`function` in a process and session of its own; what it returns is the exit code."""
-    for module in HEAVY:  # before the fork, so that it costs once
-        importlib.import_module(module)
+    _import_heavy()
     mark = uuid.uuid4().hex
     pipes = os.pipe(), os.pipe()
-    gc.freeze()  # else its collector walks through, and so copies, all that we hold
     pid = os.fork()
     if pid == 0:
         _become(function, [write for _, write in pipes], {**(env or {}), MARK: mark})
-    gc.unfreeze()
     for _, write in pipes:
         os.close(write)
     return Running(pid, (pipes[0][0], pipes[1][0]), mark)
 
 
+@cache
+def _import_heavy() -> None:
+    """Before the fork, so that it costs once; no garbage, so the collector leaves it alone."""
+    gc.disable()
+    for module in HEAVY:
+        importlib.import_module(module)
+    gc.freeze()
+    gc.enable()
+
+
 def _become(function: Callable[[], int], outputs: Sequence[int], env: Mapping[str, str]) -> None:
     """Never returns: pytest must not go on twice."""
+    gc.freeze()  # else its collector walks through, and so copies, all that the parent holds
     code = 70
     try:
         os.setsid()

@@ -23,7 +23,7 @@ from megatron_bupo.planning_credit import sampled_entropies
 from tests.record.dumps import two_groups
 from tests.runs import Bed, metrics
 
-QUIET = ["evaluation.every=0", "logging.tensorboard=false", "debug.dump_rollouts=true"]
+QUIET = ["evaluation.every=0", "checkpoint.every=10", "debug.dump_rollouts=true"]
 GRAMS = ["> 1", "# 1", "1 >", "2 #", "+", "3 > 1"]
 
 

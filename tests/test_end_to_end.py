@@ -274,18 +274,3 @@ def test_torchrun_gives_the_run_that_local_ranks_give(bed: Bed, finished: Path, 
     assert [line.partition("  ")[0] for line in done.out.splitlines()[:6]] == [
         f"step {step}/6" for step in range(1, 7)
     ]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_demo_makes_its_model_and_teaches_it(demo: tuple[Done, Path]):
-    done, home = demo
-    assert done.code == 0, done.err
-    assert done.err == "Making the base model: 500 supervised steps, once\n"
-    lines = metrics(home / "run")
-    assert [line["policy"] for line in lines] == ["internal layer 5"] * 10 + ["full"] * 50
-    assert 0.2 < lines[0]["eval/initial_accuracy_mean"] < 0.35
-    assert lines[-1]["eval/accuracy_mean"] >= 0.58
-    assert max(line.get("rollout/logprob_gap_max_nats", 0) for line in lines) < 1e-4
-    assert len([*(home / "run" / "tensorboard").iterdir()]) == 1
-    assert "The same with plain GRPO, to compare: " in done.out

@@ -16,7 +16,7 @@ from megatron_bupo.errors import InputError
 from megatron_bupo.preflight import preflight
 from tests.runs import Bed, metrics, run
 
-QUIET = ["evaluation.every=0", "logging.tensorboard=false"]
+QUIET = ["evaluation.every=0", "checkpoint.every=10"]
 
 
 @pytest.fixture(scope="module")
