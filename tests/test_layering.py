@@ -48,6 +48,7 @@ ON_TOP = {
     "score",
     "analyze",
     "logit_lens",
+    "auto_layer",
     "generate",
     "evaluate",
     "replay",

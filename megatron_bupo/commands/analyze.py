@@ -25,7 +25,7 @@ from megatron_bupo.config import Config, expand, load_config
 from megatron_bupo.config.checks import check
 from megatron_bupo.config.schema import BupoConfig, DebugConfig
 from megatron_bupo.config.server_rules import check_servers
-from megatron_bupo.data.prompts import load_prompts
+from megatron_bupo.data.prompts import load_prompts, load_training
 from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.errors import InputError, RunStopped
 from megatron_bupo.evaluation.identity import digest, refuse_changes, replace_file
@@ -76,7 +76,11 @@ def run(args: Namespace) -> None:
     if args.model is None:
         _draw_again(args)
         return
-    analysis = read_analysis(args)
+    carry_out(read_analysis(args))
+
+
+def carry_out(analysis: Analysis) -> None:
+    """Start the ranks that do it, or be one of them."""
     _check_out(analysis.out)
     from megatron_bupo.analyze import analyze
 
@@ -107,7 +111,12 @@ def read_analysis(args: Namespace) -> Analysis:
         reason = "both name what to read" if args.data else "there is nothing to read"
         way_out = "give prompts (--data) or responses (--responses)"
         raise InputError("--data, --responses", reason, way_out)
-    config = _config(args)
+    return analysis_of(args, _config(args))
+
+
+def analysis_of(args: Namespace, config: Config) -> Analysis:
+    """The analysis that `args` ask for under `config`, whose prompts or responses are read."""
+    config = _without_training(config)
     world_size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else None
     layout = check(config, world_size, training=False)
     architecture = check_model(config, training=False)
@@ -135,7 +144,7 @@ def read_analysis(args: Namespace) -> Analysis:
         responses,
         prompts,
         tokenizer,
-        Path(args.responses or args.data).name,
+        Path(args.responses or args.data or "training prompts").name,
         normed,
         args.per_token,
         args.lens_responses,
@@ -145,14 +154,21 @@ def read_analysis(args: Namespace) -> Analysis:
 
 
 def _config(args: Namespace) -> Config:
-    """The settings, less those of training: nobody trains meanwhile."""
+    """The settings of a command line."""
     config = load_config(None, [f"model.path={json.dumps(args.model)}", *args.overrides])
     for key in ("temperature", "top_p"):
         if (value := getattr(config.rollout, key)) != 1:
             reason = "what is read are the distributions that responses are drawn from"
             raise InputError(f"rollout.{key}={value}", reason, f"leave rollout.{key} at 1")
+    return config
+
+
+def _without_training(config: Config) -> Config:
+    """`config` less what is about training: nobody trains meanwhile."""
     rollout = replace(
         config.rollout,
+        temperature=1.0,
+        top_p=1.0,
         colocated=False,
         max_staleness=0,
         step_budget_s=None,
@@ -176,7 +192,13 @@ def _prompts(
     architecture: Architecture,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Prompt, ...]:
-    prompts = load_prompts(args.data, config.data, tokenizer, answers=False)[: args.prompts]
+    if args.data is None:  # those of training, from all over the data
+        benchmarks = [benchmark.data for benchmark in config.evaluation.benchmarks]
+        parts = load_training(config.data, tokenizer, benchmarks)
+        every = [prompt for _, part in parts for prompt in part]
+        prompts = every[:: max(1, len(every) // args.prompts)][: args.prompts]
+    else:
+        prompts = load_prompts(args.data, config.data, tokenizer, answers=False)[: args.prompts]
     for prompt in prompts:
         check_prompt(
             prompt,
@@ -194,10 +216,8 @@ def _settings(
     prompts: Sequence[Prompt],
 ) -> dict[str, Any]:
     """What the numbers depend on. Reads all of the model's files."""
-    model = Path(expand(config.model.path))
     settings: dict[str, Any] = {
-        "model weights": digest({tensor.file for tensor in read_index(model).tensors.values()}),
-        "model config.json": digest([model / "config.json"]),
+        **files_of(Path(expand(config.model.path))),
         "model.dtype": config.model.dtype,
         "--read-out": args.read_out,
         "--per-token": args.per_token,
@@ -210,6 +230,14 @@ def _settings(
         "rollout.max_response_tokens": config.rollout.max_response_tokens,
     }
     return settings | sampling | {"prompts": _ids([prompt.input_ids for prompt in prompts])}
+
+
+def files_of(model: Path) -> dict[str, str]:
+    """What the model's files hold. Reads all of them."""
+    return {
+        "model weights": digest({tensor.file for tensor in read_index(model).tensors.values()}),
+        "model config.json": digest([model / "config.json"]),
+    }
 
 
 def _ids(rows: Sequence[Any]) -> str:

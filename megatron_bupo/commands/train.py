@@ -10,11 +10,13 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
+from megatron_bupo.auto_layer import choose, chosen_before, is_open
 from megatron_bupo.checkpoints import whole_checkpoints
 from megatron_bupo.config import Config, expand, load_config, to_yaml
 from megatron_bupo.config.checks import check
 from megatron_bupo.config.internal_layout_rules import internal_config
 from megatron_bupo.config.layout import Layout, layers_of_stages, parallel_sizes
+from megatron_bupo.config.schema import AUTO
 from megatron_bupo.errors import RunStopped
 from megatron_bupo.launch.local import (
     RankFailed,
@@ -34,6 +36,7 @@ from megatron_bupo.preflight import (
 )
 
 GROUPS_SHOWN = 4
+AUTO_NOTE = "bupo.target_layer=auto: an analysis of {} responses chooses it before step 0"
 
 
 def run(args: Namespace) -> None:
@@ -42,9 +45,13 @@ def run(args: Namespace) -> None:
     world_size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else None
     layout = check(config, world_size)
     if args.dry_run:
+        if is_open(config):
+            config = chosen_before(config) or config
         print(dry_run(config, layout), end="")
         return
     prepare(config)
+    if is_open(config):
+        config = choose(config)
     ready = preflight(config, world_size)
     if config.debug.rollout_only:
         from megatron_bupo.rollout_only import rollout_only as train
@@ -75,18 +82,18 @@ def dry_run(config: Config, layout: Layout) -> str:
 
     A run that prepares its own model and data is described before they exist.
     """
-    notes = []
+    notes = [AUTO_NOTE.format(config.bupo.auto_prompts)] if is_open(config) else []
     if config.prepare is None:
         layers = check_files(config).layers
         check_critic(config)
-        notes = [*check_data(config)]
+        notes += check_data(config)
     elif Path(expand(config.model.path)).is_dir():
         layers = check_model(config).layers
         check_critic(config)
     else:
         layers = None
         made = f"prepare={config.prepare} makes it"
-        notes = [f"model.path={config.model.path} does not exist yet: {made}"]
+        notes += [f"model.path={config.model.path} does not exist yet: {made}"]
     lines = [*notes, *describe(config, layout, layers)]
     return to_yaml(config) + "".join(f"# {line}\n" for line in lines)
 
@@ -142,7 +149,8 @@ def _phases(config: Config) -> Iterator[str]:
         yield f"{_numbered('step', range(first))}: critic alone"
     read_out = ", read out through the final norm" if config.bupo.read_out_norm else ""
     read_out += ", under bupo.internal_layout" if config.bupo.internal_layout is not None else ""
-    for layer, steps in config.bupo.phases():
+    unknown = [(AUTO, config.bupo.internal_steps)] if is_open(config) else []
+    for layer, steps in config.bupo.phases() or unknown:
         last = min(first + steps, config.steps) - 1
         if last >= first:
             yield f"{_numbered('step', range(first, last + 1))}: internal layer {layer}{read_out}"

@@ -33,7 +33,7 @@ from megatron_bupo.config.parallel_rules import (
 )
 from megatron_bupo.config.reward_rules import check_reward
 from megatron_bupo.config.rollout_rules import check_rollout
-from megatron_bupo.config.schema import Config
+from megatron_bupo.config.schema import AUTO, Config
 from megatron_bupo.config.server_rules import check_servers
 from megatron_bupo.config.timeouts import check_timeouts
 from megatron_bupo.errors import InputError
@@ -79,7 +79,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         """steps data.max_prompt_tokens rollout.prompts_per_step rollout.responses_per_prompt
         rollout.max_response_tokens rollout.batch_size algorithm.minibatches bupo.target_layer
         rollout.step_budget_tokens servers.count servers.attempts sync.bucket_bytes
-        bupo.switch_warmup_steps optimizer.max_skipped_updates
+        bupo.auto_prompts bupo.switch_warmup_steps optimizer.max_skipped_updates
         critic.minibatches critic.optimizer.max_skipped_updates
         parallel.tp parallel.pp parallel.vpp parallel.dp parallel.cp parallel.ep parallel.etp
         trainer.microbatch_size trainer.max_tokens_per_microbatch trainer.logprob_chunk_tokens
@@ -183,10 +183,14 @@ def _choices_are_known(config: Config) -> None:
 
 def _numbers_are_in_range(config: Config) -> None:
     values = flatten(config)
+    layer = config.bupo.target_layer
+    if isinstance(layer, str) and layer != AUTO:
+        way_out = f"give its number, counted from 1, or {AUTO}"
+        raise InputError(f"bupo.target_layer={layer}", "is no layer", way_out)
     for expected, holds, keys in RANGES:
         for key in keys.split():
             value = values[key]
-            if value is None:
+            if value is None or (key, value) == ("bupo.target_layer", AUTO):
                 continue
             assert isinstance(value, int | float)
             if not (holds(value) and math.isfinite(value)):
@@ -263,7 +267,7 @@ def _a_microbatch_holds_any_sequence(config: Config) -> None:
 
 def _layers_are_internal(config: Config, layers: int) -> None:
     named = [(f"bupo.stages[{i}].layer", s.layer) for i, s in enumerate(config.bupo.stages)]
-    if config.bupo.target_layer is not None:
+    if isinstance(config.bupo.target_layer, int):
         named.append(("bupo.target_layer", config.bupo.target_layer))
     for key, layer in named:
         if 1 <= layer < layers:

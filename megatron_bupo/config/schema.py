@@ -129,11 +129,17 @@ class ParallelConfig:
     distributed_optimizer: bool = False
 
 
+AUTO = "auto"
+
+
 @dataclass(frozen=True)
 class BupoConfig:
     """Which policy a step trains. `internal_steps: 0` is plain GRPO, exactly."""
 
-    target_layer: int | None = None  # counted from 1, as in the paper
+    # Counted from 1, as in the paper. auto: what an analysis of the model's responses to
+    # `auto_prompts` training prompts recommends, before step 0; everything then sees that number
+    target_layer: int | str | None = None
+    auto_prompts: int = 64
     internal_steps: int = 0
     stages: list[StageConfig] = field(
         default_factory=list
@@ -151,7 +157,7 @@ class BupoConfig:
     def phases(self) -> list[tuple[int, int]]:
         """The internal phases as `(layer, steps)`, bottom-up; none: GRPO."""
         stages = [(stage.layer, stage.steps) for stage in self.stages]
-        if not stages and self.target_layer is not None:
+        if not stages and isinstance(self.target_layer, int):
             stages = [(self.target_layer, self.internal_steps)]
         return [(layer, steps) for layer, steps in stages if steps]
 
