@@ -146,6 +146,7 @@ def _forest(axes: Axes, accuracies: Sequence[Accuracy], title: str) -> None:
         style = {"color": BEYOND if difference.stars else PLAIN, "markersize": 5, "capsize": 2}
         axes.errorbar(difference.mean, place, xerr=half, fmt="o", **style)
     axes.set_title(title, fontsize=10, loc="left")
+    axes.locator_params(axis="x", nbins=6)
     _plain(axes, grid="x")
 
 
