@@ -56,6 +56,8 @@ def _case(
     fast: bool = False,
     **layout: Any,
 ) -> Case:
+    if layout.get("pp", 1) == 1 and "mlp_only_layers" not in model:
+        model = {"layers": 3} | model  # the first, one inside, the last: no stage to begin or end
     return Case(name, model, ranks, layout, megatron or {}, dtype, fast)
 
 
