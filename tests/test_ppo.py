@@ -104,7 +104,14 @@ def test_advantages_and_returns_are_those_of_the_dumped_values_and_rewards(ppo: 
         assert record["critic/explained_variance"] == pytest.approx(explained, abs=1e-6)
 
 
-@pytest.mark.parametrize("step", [1, 3, 5], ids=["warm-up", "internal", "full"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(1, id="warm-up"),
+        pytest.param(3, id="internal", marks=pytest.mark.slow),
+        pytest.param(5, id="full", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_goes_on_is_the_run_that_nothing_disturbed(
     bed: Bed, ppo: Path, tmp_path: Path, step: int
 ):
@@ -113,6 +120,7 @@ def test_a_run_that_goes_on_is_the_run_that_nothing_disturbed(
     assert_same_weights(tmp_path / "run" / "hf", ppo / "hf")
 
 
+@pytest.mark.slow
 def test_a_critic_goes_on_under_another_layout(bed: Bed, ppo: Path, tmp_path: Path):
     as_stopped_before(4, ppo, tmp_path / "run")
     other = ["parallel.pp=1", "parallel.tp=2", "parallel.sp=true"]
@@ -123,6 +131,7 @@ def test_a_critic_goes_on_under_another_layout(bed: Bed, ppo: Path, tmp_path: Pa
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
 
 
+@pytest.mark.slow
 def test_a_critic_of_another_size_and_all_that_a_policy_may_meet(
     bed: Bed, tmp_path: Path, tiny_model_dir: Callable[..., Path]
 ):
@@ -159,6 +168,7 @@ def refused(bed: Bed, run_dir: Path, *settings: str) -> str:
     return done.err
 
 
+@pytest.mark.slow
 def test_a_critic_that_cannot_be_is_refused_by_name(
     bed: Bed, ppo: Path, finished: Path, tmp_path: Path, tiny_model_dir: Callable[..., Path]
 ):

@@ -140,6 +140,7 @@ def learn_by_heart(model_dir: Path, batch: TokenBatch) -> dict[str, Any]:
     optimizer = OptimizerConfig(lr_factors={"embedding": 0.0, "1": 0.0})
     critic = start_critic(model_dir, critic=CriticConfig(optimizer=optimizer))
     before, first = snapshot(critic), critic.values(batch)
+    assert batch.returns is not None
     foreseen = []
     for _ in range(60):
         now = batch.with_values(critic.values(batch))
