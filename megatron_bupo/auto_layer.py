@@ -14,7 +14,6 @@ from pathlib import Path
 
 from megatron_bupo.analysis.results import RESULTS
 from megatron_bupo.checkpoints import newest_checkpoint
-from megatron_bupo.commands.analyze import analysis_of, carry_out, files_of
 from megatron_bupo.config import Config, expand
 from megatron_bupo.config.schema import AUTO
 from megatron_bupo.errors import InputError
@@ -63,6 +62,8 @@ def _check_same_model(config: Config) -> None:
     """The analysis is of this model. A run that resumes has its own weights, and is asked about
     those elsewhere.
     """
+    from megatron_bupo.commands.analyze import files_of
+
     if newest_checkpoint(Path(expand(config.run_dir))) is not None:
         return
     path = _folder(config) / RESULTS
@@ -74,6 +75,8 @@ def _check_same_model(config: Config) -> None:
 
 
 def _analyzed(config: Config) -> Config:
+    from megatron_bupo.commands.analyze import analysis_of, carry_out  # with torch; seconds
+
     if newest_checkpoint(Path(expand(config.run_dir))) is not None:
         reason = f"{config.run_dir} holds a checkpoint and no analysis that its layer was chosen by"
         raise InputError(WHERE, reason, "set the layer that the run began with")
