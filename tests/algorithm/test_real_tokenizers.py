@@ -15,7 +15,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ from tools.make_smollm2 import gguf_file, read_gguf, write_tokenizer
 pytestmark = pytest.mark.real
 HOME = os.environ.get("MEGATRON_BUPO_TOKENIZERS")
 NAMES = sorted(p.parent.name for p in Path(HOME).glob("*/tokenizer.json")) if HOME else []
-TEXTS = int(os.environ.get("MEGATRON_BUPO_TEXTS", "60"))  # a tokenizer
+TEXTS = int(os.environ.get("MEGATRON_BUPO_TEXTS", "30"))  # a tokenizer
 
 GRAMS = ["let me check", "wait, let me", "we can", "me", "don\u2019t we can", "strasse a", "a a"]
 GRAMS += [
@@ -85,21 +85,18 @@ def hostile_text(rng: random.Random, parts: int) -> str:
     return "".join(word + rng.choice(GAPS) for word in words)
 
 
-@cache
-def tokenizer_of(name: str) -> Tokenizer:
-    assert HOME is not None
-    return Tokenizer.from_file(str(Path(HOME, name, "tokenizer.json")))
-
-
-@pytest.fixture(params=["smollm2", *(name for name in NAMES if name != "smollm2")])
-def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Tokenizer:
-    if request.param != "smollm2":
-        return tokenizer_of(request.param)
-    try:
-        write_tokenizer(tmp_path, read_gguf(gguf_file())[0])
-    except InputError as error:
-        pytest.skip(str(error))
-    return Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+@pytest.fixture(scope="module", params=["smollm2", *(name for name in NAMES if name != "smollm2")])
+def tokenizer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
+    folder = Path(HOME or "", request.param)
+    if request.param == "smollm2":
+        folder = tmp_path_factory.mktemp("smollm2")
+        try:
+            write_tokenizer(folder, read_gguf(gguf_file())[0])
+        except InputError as error:
+            pytest.skip(str(error))
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def bytes_of(tokenizer: Tokenizer) -> Callable[[int], bytes]:
