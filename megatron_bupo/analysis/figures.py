@@ -63,7 +63,7 @@ def _entropy_change(content: Content) -> Figure:
     below.set_ylabel(r"$\Delta H$ of FFN, nats")
     low, high = content["stages"]["about_zero_nats"]
     style = {"color": "#6b7280", "linewidth": 0.9, "linestyle": (0, (1, 2))}
-    below.axhline(high, label="about 0 between these", **style)
+    below.axhline(high, label="nearer to 0 than to a stage", **style)
     below.axhline(low, **style)
     below.legend(loc="best", frameon=False, fontsize=9)
     return figure
@@ -94,7 +94,7 @@ def _entropy_flow(content: Content) -> Figure:
     axes.plot(*stream, color=LAYER, marker="o", label="residual stream, between layers", **style)
     axes.plot(x[:, 1], flow[:, 1], color=ATTENTION, marker="^", label="attention output", **style)
     axes.plot(x[:, 2], flow[:, 2], color=FFN, marker="s", label="FFN output", **style)
-    axes.set_xlim(0.4, layers + 0.6)
+    axes.set_xlim(0.3, layers + 0.7)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("entropy, nats")
     axes.legend(loc="best", frameon=False, fontsize=9)
