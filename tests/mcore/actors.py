@@ -104,13 +104,13 @@ def random_batch(*, responses: int = 5, tokens: int = 19, vocab: int = 67) -> To
     return TokenBatch(ids, mask, torch.zeros(responses, tokens), advantages)
 
 
-def with_stale_logprobs(batch: TokenBatch, logprobs: Tensor) -> TokenBatch:
+def with_stale_logprobs(batch: TokenBatch, logprobs: Tensor, *, leap: float = 3.0) -> TokenBatch:
     """The batch as if some updates had passed since its old log-probs: ratios inside the clip
-    range, outside of it, and beyond the dual clip.
+    range, outside of it, and, every seventh by exp(`leap`), beyond the dual clip.
     """
     generator = torch.Generator().manual_seed(2)
     drift = 0.3 * torch.randn(logprobs.shape, generator=generator)
-    drift[:, ::7] -= 3.0
+    drift[:, ::7] -= leap
     return batch.with_old_logprobs((logprobs + drift) * batch.response_mask)
 
 
