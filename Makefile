@@ -20,12 +20,13 @@ PIP = $(BIN)/pip install -qq $(addprefix --constraint ,$(PINS))
 # One thread per process: the processes of a run and of a test share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-fast test-sglang check install install-dev install-sglang clean
+.PHONY: help demo test test-wide test-fast test-sglang check install install-dev install-sglang clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train a tiny reasoning model with BuPO on this machine: $(RUN_DIR)"
-	@echo "make test       every test"
+	@echo "make test       every test, but for rare mixtures of layouts"
+	@echo "make test-wide  those"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make test-sglang  the tests against real SGLang servers, on a CPU (1.9 GB to install)"
 	@echo "make check      format, lint, types and house rules, as CI runs them"
@@ -38,7 +39,10 @@ demo: install
 	@$(BIN)/megatron-bupo train --config conf/demo.yaml run_dir=$(RUN_DIR)
 
 test: install-dev
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not wide"
+
+test-wide: install-dev
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m wide
 
 test-fast: install-dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"

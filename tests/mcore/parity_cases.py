@@ -43,6 +43,12 @@ class Case:
     megatron: dict[str, Any]
     dtype: str
     fast: bool  # is it in the fast tier?
+    common: bool  # in `make test`? What is fast is, and what has few ranks
+
+    @property
+    def wide(self) -> bool:
+        """Is it left to `make test-wide`? What it adds is another mixture of what others have."""
+        return self.ranks >= 4 and not (self.fast or self.common)
 
 
 def _case(
@@ -54,11 +60,12 @@ def _case(
     megatron: dict[str, Any] | None = None,
     dtype: str = "float32",
     fast: bool = False,
+    common: bool = False,
     **layout: Any,
 ) -> Case:
     if layout.get("pp", 1) == 1 and "mlp_only_layers" not in model:
         model = {"layers": 3} | model  # the first, one inside, the last: no stage to begin or end
-    return Case(name, model, ranks, layout, megatron or {}, dtype, fast)
+    return Case(name, model, ranks, layout, megatron or {}, dtype, fast, common)
 
 
 CASES = [
@@ -82,11 +89,11 @@ CASES = [
     _case("TP2 PP2, llama tied, even vocabulary", LLAMA | TIED | {"vocab": 64}, 4, tp=2, pp=2),
     _case("TP2 PP2 SP, qwen2", QWEN2, 4, tp=2, pp=2, sp=True),
     _case("VPP2 PP2, qwen2 tied", QWEN2 | TIED, 2, pp=2, vpp=2),
-    _case("VPP2 PP2 TP2 SP, qwen3", QWEN3, 4, tp=2, pp=2, vpp=2, sp=True),
+    _case("VPP2 PP2 TP2 SP, qwen3", QWEN3, 4, tp=2, pp=2, vpp=2, sp=True, common=True),
     _case("VPP2 PP4, qwen3", QWEN3 | {"layers": 8}, 4, pp=4, vpp=2),
     _case("VPP2 PP4, llama tied", LLAMA | TIED | {"layers": 8}, 4, pp=4, vpp=2),
     _case("DP2, qwen3 tied", QWEN3 | TIED, 2, dp=2),
-    _case("TP2 DP2 distributed optimizer, qwen3", QWEN3, 4, tp=2, dp=2, **DIST),
+    _case("TP2 DP2 distributed optimizer, qwen3", QWEN3, 4, tp=2, dp=2, **DIST, common=True),
     _case(
         "PP2 DP2 distributed optimizer, qwen2 tied",
         QWEN2 | TIED,
@@ -94,9 +101,10 @@ CASES = [
         pp=2,
         dp=2,
         **DIST,
+        common=True,
     ),
     _case("CP2, qwen3", QWEN3, 2, cp=2, fast=True),
-    _case("CP2 TP2 SP, qwen2 tied", QWEN2 | TIED, 4, cp=2, tp=2, sp=True),
+    _case("CP2 TP2 SP, qwen2 tied", QWEN2 | TIED, 4, cp=2, tp=2, sp=True, common=True),
     _case("CP2 PP2, llama", LLAMA, 4, cp=2, pp=2),
     _case("CP4, qwen3 tied", QWEN3 | TIED, 4, cp=4),
     _case("CP2 DP2 distributed optimizer, qwen3", QWEN3, 4, cp=2, dp=2, **DIST),
@@ -126,6 +134,7 @@ CASES = [
         dp=2,
         megatron=OVERLAP,
         **DIST,
+        common=True,
     ),
     _case(
         "embedding and unembedding counted, PP3, qwen2",
@@ -170,7 +179,7 @@ CASES = [
     ),
     _case("one rank, qwen3_moe", MOE, fast=True),
     _case("EP2, qwen3_moe", MOE, 2, dp=2, ep=2, fast=True),
-    _case("TP2 EP2 SP, qwen3_moe", MOE, 4, tp=2, dp=2, ep=2, sp=True),
+    _case("TP2 EP2 SP, qwen3_moe", MOE, 4, tp=2, dp=2, ep=2, sp=True, common=True),
     _case(
         "TP2 EP2 ETP1 SP, qwen3_moe tied, some layers dense",
         MOE | TIED | SPARSE,

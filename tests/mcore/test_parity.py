@@ -33,7 +33,11 @@ BF16_SLACK, BF16_MEASURED = 2.0, ("logprobs", "entropies", "grads")
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=case.name, marks=[] if case.fast else [pytest.mark.slow])
+        pytest.param(
+            case,
+            id=case.name,
+            marks=[] if case.fast else [pytest.mark.slow, *[pytest.mark.wide] * case.wide],
+        )
         for case in CASES
     ],
 )
