@@ -27,7 +27,7 @@ class Bars:
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total} {task.fields[unit]}"),
+            TextColumn("{task.completed}/{task.total} {task.fields[unit]}  {task.fields[facts]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
@@ -50,16 +50,16 @@ class Bars:
         """`name` begins: `total` of `unit`, of which some are `done` already."""
         self._name, self._unit, self._total = name, unit, total
         if self._live:
-            self._bar = self._bars.add_task(name, total=total, completed=done, unit=unit)
+            self._bar = self._bars.add_task(name, total=total, completed=done, unit=unit, facts="")
         elif done:
             self.say(f"{name}  {done}/{total} {unit} done before")
 
-    def at(self, done: int) -> None:
-        """So much of it is done."""
+    def at(self, done: int, facts: str = "") -> None:
+        """So much of it is done; `facts` are what else is known."""
         if self._bar is not None:
-            self._bars.update(self._bar, completed=done)
+            self._bars.update(self._bar, completed=done, facts=facts)
         else:
-            self.say(f"{self._name}  {done}/{self._total} {self._unit}")
+            self.say(f"{self._name}  {done}/{self._total} {self._unit}  {facts}".rstrip())
 
     def say(self, text: str) -> None:
         """A line for the person watching; in a terminal it scrolls by above the bars."""

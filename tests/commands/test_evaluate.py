@@ -135,7 +135,7 @@ def test_neither_batches_nor_a_kill_change_the_results(
         assert not (out / "results.json").exists()
     done = runs.run(*command(bed, suite, out))
     assert done.code == 0, done.err
-    assert f"AIME24  {QUESTIONS}/{QUESTIONS} questions  answered before" in done.out
+    assert f"AIME24  {QUESTIONS}/{QUESTIONS} questions done before" in done.out
     for name in RESPONSES:
         assert (out / f"{name}.jsonl").read_bytes() == (whole / f"{name}.jsonl").read_bytes()
     assert results(out) == results(whole)
