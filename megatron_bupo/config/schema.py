@@ -1,7 +1,7 @@
 """Every knob, with its unit, default and meaning. YAML files hold deltas to these; nothing else
 holds defaults. What is asked and how it is graded stands in `questions.py`, what leads from rewards
 to a loss in `algorithm.py`, Adam in `optimizer.py`, PPO's critic in `critic.py`, HICRA in
-`hicra.py`.
+`hicra.py`, what is watched meanwhile in `probe.py`.
 
 No torch here: a config is read, checked and printed before anything heavy is imported.
 """
@@ -15,6 +15,7 @@ from megatron_bupo.config.algorithm import AlgorithmConfig
 from megatron_bupo.config.critic import CriticConfig
 from megatron_bupo.config.hicra import HicraConfig
 from megatron_bupo.config.optimizer import OptimizerConfig
+from megatron_bupo.config.probe import GuardConfig, ProbeConfig
 from megatron_bupo.config.questions import (
     BenchmarkConfig,
     DataConfig,
@@ -30,8 +31,10 @@ __all__ = [  # here, and what stands in those
     "CriticConfig",
     "DataConfig",
     "EvaluationConfig",
+    "GuardConfig",
     "HicraConfig",
     "OptimizerConfig",
+    "ProbeConfig",
     "RewardConfig",
     "RewardTermConfig",
     "SourceConfig",
@@ -153,6 +156,7 @@ class BupoConfig:
     # The internal phases under a layout of their own, with only the layers that they train; None:
     # under `parallel`, with the whole model in place
     internal_layout: ParallelConfig | None = None
+    guard: GuardConfig = field(default_factory=GuardConfig)  # `bupo.guard=true`: guard.enabled
 
     def phases(self) -> list[tuple[int, int]]:
         """The internal phases as `(layer, steps)`, bottom-up; none: GRPO."""
@@ -186,6 +190,9 @@ class LoggingConfig:
     """Metrics always go to run_dir/metrics.jsonl."""
 
     tensorboard: bool = True
+    trackers: list[str] = field(default_factory=list)  # wandb, trackio; offline by their own means
+    project: str = "megatron_bupo"  # to trackers
+    name: str | None = None  # of the run, to trackers; None: that of run_dir
     progress: bool = True  # a live display in a terminal, a line per step elsewhere
     stall_s: float = 600.0  # without progress: report which rank waits where; 0: never
 
@@ -227,6 +234,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     megatron: dict[str, Any] = field(
