@@ -50,12 +50,14 @@ PROMPTS_AT_ONCE = 32  # for each rank; what a kill loses at most
 TOKENS_PER_MICROBATCH = 1024
 
 
-def analyze(analysis: Analysis) -> None:
-    """Sample, read and write. Every rank runs this; the first one writes."""
+def analyze(analysis: Analysis, *, stay: bool = False) -> None:
+    """Sample, read and write. Every rank runs this; the first one writes. `stay`: the ranks go on
+    to something else, in the same process group.
+    """
     ready, out = analysis.ready, analysis.out
     with ExitStack() as stack:
         stack.enter_context(heartbeat(out, ready.layout.world, ready.config.logging.stall_s))
-        stack.enter_context(parallel.joined(ready.layout, seed=ready.config.seed))
+        stack.enter_context(parallel.joined(ready.layout, seed=ready.config.seed, stay=stay))
         live = ready.config.logging.progress
         bars = stack.enter_context(Bars(on=collective.is_first(), live=live))
         responses = analysis.responses or sampled(analysis, bars)

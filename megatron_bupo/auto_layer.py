@@ -7,8 +7,11 @@ the layer there; everything after this sees a number.
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,45 +51,62 @@ def chosen_before(config: Config) -> Config | None:
 
 
 def choose(config: Config) -> Config:
-    """`config` with a layer: that of an earlier analysis, else of one made now."""
-    chosen = chosen_before(config)
+    """`config` with a layer: that of an earlier analysis, else of one made now.
+
+    Ranks that torchrun has started are also those of the analysis. They go by what the first one
+    finds: a network's file system need not show all of them the same.
+    """
+    if under_torchrun():
+        from megatron_bupo.mcore import parallel  # seconds, for torch
+
+        parallel.join_process_group()
+    chosen = _as_the_first(_chosen_earlier, config)
     if chosen is None:
-        return _analyzed(config)
-    _check_same_model(config)
-    if is_first_rank():
-        print(f"{WHERE}: layer {chosen.bupo.target_layer}, by {_folder(config) / RESULTS}")
+        _analyze(config)
+        chosen = _as_the_first(chosen_before, config)
+    assert chosen is not None, "an analysis that has ended has written its results"
     return chosen
 
 
-def _check_same_model(config: Config) -> None:
-    """The analysis is of this model. A run that resumes has its own weights, and is asked about
-    those elsewhere.
+def _as_the_first(find: Callable[[Config], Config | None], config: Config) -> Config | None:
+    """What `find(config)` comes to on the first rank."""
+    from megatron_bupo import collective
+
+    [found] = collective.gather([find(config)] if is_first_rank() else [])
+    return found
+
+
+def _chosen_earlier(config: Config) -> Config | None:
+    """As `chosen_before`, if it is of this model. A run that resumes has its own weights, and is
+    asked about those elsewhere.
     """
-    from megatron_bupo.commands.analyze import files_of
+    chosen, path = chosen_before(config), _folder(config) / RESULTS
+    resumes = newest_checkpoint(Path(expand(config.run_dir))) is not None
+    if chosen is None:
+        if resumes:
+            reason = f"{config.run_dir} holds a checkpoint and no analysis that its layer was"
+            way_out = "set the layer that the run began with"
+            raise InputError(WHERE, f"{reason} chosen by", way_out)
+        return None
+    if not resumes:
+        from megatron_bupo.commands.analyze import files_of
 
-    if newest_checkpoint(Path(expand(config.run_dir))) is not None:
-        return
-    path = _folder(config) / RESULTS
-    was = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
-    for name, now in files_of(Path(expand(config.model.path))).items():
-        if was.get(name) != now:
-            reason = f"{path} is of another model: {name} have changed"
-            raise InputError(WHERE, reason, "choose another run_dir, or give the layer")
+        was = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+        for name, now in files_of(Path(expand(config.model.path))).items():
+            if was.get(name) != now:
+                reason = f"{path} is of another model: {name} have changed"
+                raise InputError(WHERE, reason, "choose another run_dir, or give the layer")
+    print(f"{WHERE}: layer {chosen.bupo.target_layer}, by {path}")
+    return chosen
 
 
-def _analyzed(config: Config) -> Config:
-    from megatron_bupo.commands.analyze import analysis_of, carry_out  # with torch; seconds
+def _analyze(config: Config) -> None:
+    from megatron_bupo.commands.analyze import analysis_of, carry_out
 
-    if newest_checkpoint(Path(expand(config.run_dir))) is not None:
-        reason = f"{config.run_dir} holds a checkpoint and no analysis that its layer was chosen by"
-        raise InputError(WHERE, reason, "set the layer that the run began with")
-    if under_torchrun():
-        reason = "ranks that torchrun has started cannot analyze before they train"
-        way_out = f"first run `megatron-bupo analyze --out {_folder(config)}`, or give the layer"
-        raise InputError(WHERE, reason, way_out)
     layers = check_model(replace(config, bupo=replace(config.bupo, target_layer=None))).layers
     if layers > 1:  # what else is wrong is said now, and not after the analysis
-        preflight(_at(config, layers - 1), None)
+        world_size = int(os.environ["WORLD_SIZE"]) if under_torchrun() else None
+        preflight(_at(config, layers - 1), world_size)
     args = Namespace(
         data=None,
         responses=None,
@@ -96,10 +116,8 @@ def _analyzed(config: Config) -> Config:
         lens_responses=LENS_RESPONSES,
         out=str(_folder(config)),
     )
-    carry_out(analysis_of(args, config))
-    chosen = chosen_before(config)
-    assert chosen is not None, "an analysis that has ended has written its results"
-    return chosen
+    carry_out(analysis_of(args, config), stay=under_torchrun())
+    gc.collect()  # the model that was read: its hooks hold each other, and the next one comes
 
 
 def _at(config: Config, layer: int) -> Config:

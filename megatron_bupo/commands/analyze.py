@@ -15,6 +15,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ class Analysis:
     per_token: bool
     lens_responses: int  # whose tokens the report goes through
     out: Path
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # the first rank's alone: to know them is to read the whole model
 
 
 def run(args: Namespace) -> None:
@@ -79,16 +80,17 @@ def run(args: Namespace) -> None:
     carry_out(read_analysis(args))
 
 
-def carry_out(analysis: Analysis) -> None:
-    """Start the ranks that do it, or be one of them."""
-    _check_out(analysis.out)
+def carry_out(analysis: Analysis, *, stay: bool = False) -> None:
+    """Start the ranks that do it, or be one of them; `stay`: one that then goes on to train."""
+    if is_first_rank():
+        _check_out(analysis.out)
     from megatron_bupo.analyze import analyze
 
     with hold(analysis.out, key="--out ") if is_first_rank() else nullcontext():
         if is_first_rank():
             take_up(analysis)
         try:
-            run_ranks(analyze, analysis.ready.layout.world, analysis)
+            run_ranks(partial(analyze, stay=stay), analysis.ready.layout.world, analysis)
         except (KeyboardInterrupt, Terminated, RankFailed, RunStopped) as error:
             error.add_note("stopped; the same command goes on where it was")
             raise
@@ -149,7 +151,7 @@ def analysis_of(args: Namespace, config: Config) -> Analysis:
         args.per_token,
         args.lens_responses,
         Path(expand(args.out)),
-        _settings(args, config, responses, prompts),
+        _settings(args, config, responses, prompts) if is_first_rank() else {},
     )
 
 

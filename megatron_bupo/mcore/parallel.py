@@ -22,11 +22,8 @@ from megatron_bupo.mcore import cpu
 TIMEOUT = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
 
 
-def initialize(layout: Layout, *, seed: int) -> None:
-    """Join the process group (from torchrun's environment, or alone) and split it by `layout`.
-
-    Orders ranks tp-fastest, then cp, dp and pp, as Megatron does.
-    """
+def join_process_group() -> None:
+    """Join the process group (from torchrun's environment, or alone), unless this rank is in it."""
     # Megatron asks for it, so that tensor-parallel traffic overlaps; read when CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.install()
@@ -38,6 +35,14 @@ def initialize(layout: Layout, *, seed: int) -> None:
             dist.init_process_group(backend, timeout=TIMEOUT)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def initialize(layout: Layout, *, seed: int) -> None:
+    """Join the process group and split it by `layout`.
+
+    Orders ranks tp-fastest, then cp, dp and pp, as Megatron does.
+    """
+    join_process_group()
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -66,8 +71,9 @@ def shutdown() -> None:
 
 
 @contextmanager
-def joined(layout: Layout, *, seed: int) -> Iterator[None]:
-    """Be one rank of `layout` inside the block.
+def joined(layout: Layout, *, seed: int, stay: bool = False) -> Iterator[None]:
+    """Be one rank of `layout` inside the block. `stay`: the process group outlives it, for what
+    comes next; torchrun's store would answer a second one with the addresses of the first.
 
     A rank that fails does not leave: those that wait for it would report a lost connection, and
     perhaps sooner than it reports the cause.
@@ -79,7 +85,10 @@ def joined(layout: Layout, *, seed: int) -> Iterator[None]:
         if layout.world == 1:
             shutdown()
         raise
-    shutdown()
+    if stay:
+        leave()
+    else:
+        shutdown()
 
 
 def on_any_rank(flag: bool) -> bool:
