@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
@@ -30,9 +29,10 @@ from megatron_bupo.analysis.stages import advise, as_record
 from megatron_bupo.commands.analyze import SAMPLED, Analysis, response_lengths
 from megatron_bupo.commands.score import GivenResponse
 from megatron_bupo.config import expand
+from megatron_bupo.durable import add_lines, drop_torn_line, whole_lines
 from megatron_bupo.engines import rollout_engine
 from megatron_bupo.errors import InputError
-from megatron_bupo.generate import NOT_GRADED, Answers, lines_of
+from megatron_bupo.generate import Answers, lines_of, not_graded
 from megatron_bupo.hf.reader import slice_opener
 from megatron_bupo.hf.tensors import read_index
 from megatron_bupo.logit_lens import keep_lens
@@ -72,7 +72,9 @@ def analyze(analysis: Analysis, *, stay: bool = False) -> None:
 def sampled(analysis: Analysis, bars: Bars) -> tuple[GivenResponse, ...]:
     """A response of the full policy to each prompt; those that are on disk are not drawn again."""
     config, prompts, path = analysis.ready.config, analysis.prompts, analysis.out / SAMPLED
-    lines = _whole_lines(path) if collective.is_first() else []
+    if collective.is_first():
+        drop_torn_line(path)
+    lines = whole_lines(path) if collective.is_first() else []
     answers = _answers(path, collective.gather(lines))
     if [asked for asked, _ in answers] != [p.input_ids for p in prompts[: len(answers)]]:
         raise InputError(str(path), "has other prompts", "restore it, or choose another --out")
@@ -80,7 +82,8 @@ def sampled(analysis: Analysis, bars: Bars) -> tuple[GivenResponse, ...]:
         bars.begin("sampling", len(prompts), "responses", done=len(answers))
         for groups in _draw(analysis, len(answers), bars):
             if collective.is_first():
-                _append(path, groups)
+                answered = Answers(FULL, groups, not_graded(groups))
+                add_lines(path, lines_of(answered))
             answers += [(g.prompt.input_ids, g.rollouts[0].response_ids) for g in groups]
             bars.at(len(answers))
     if not any(response for _, response in answers):
@@ -89,7 +92,7 @@ def sampled(analysis: Analysis, bars: Bars) -> tuple[GivenResponse, ...]:
     return tuple(GivenResponse(p + r, len(p)) for p, r in answers if r)
 
 
-def _answers(path: Path, lines: Sequence[str]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _answers(path: Path, lines: Sequence[bytes]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The token ids of prompts and responses that stand in `path`."""
     try:
         rows = [json.loads(line) for line in lines]
@@ -120,25 +123,6 @@ def _draw(analysis: Analysis, first: int, bars: Bars) -> Iterator[list[RolloutGr
             yield engine.generate(analysis.prompts[start : start + at_once], sampling)
     finally:
         engine.close()
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """Those of `path`; a last one that is torn goes."""
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    whole = text[: text.rfind(b"\n") + 1]
-    os.truncate(path, len(whole))
-    return whole.decode().splitlines()
-
-
-def _append(path: Path, groups: Sequence[RolloutGroup]) -> None:
-    answers = Answers(FULL, groups, [[NOT_GRADED] * len(group.rollouts) for group in groups])
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(lines_of(answers))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_all(

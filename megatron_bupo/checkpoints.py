@@ -16,13 +16,13 @@ seal lists is there in full: neither a kill nor a half-made copy is ever taken f
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_bupo import durable
 from megatron_bupo.errors import InputError
 
 SEAL = "run.json"
@@ -38,8 +38,7 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
 
 def partial_path(run_dir: Path, step: int) -> Path:
     """Where the state before `step` is while it is being written."""
-    final = checkpoint_dir(run_dir, step)
-    return final.with_name(f".{final.name}.partial")
+    return durable.partial_path(checkpoint_dir(run_dir, step))
 
 
 def begin(run_dir: Path, step: int) -> None:
@@ -59,10 +58,7 @@ def seal(run_dir: Path, step: int, run: Mapping[str, Any]) -> None:
     final, work = checkpoint_dir(run_dir, step), partial_path(run_dir, step)
     files = [path for path in work.rglob("*") if path.is_file()]
     sizes = {str(file.relative_to(work)): file.stat().st_size for file in files}
-    with (work / SEAL).open("w") as file:
-        json.dump({"files": sizes, **run}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    durable.replace_text(work / SEAL, json.dumps({"files": sizes, **run}, indent=2))
     shutil.rmtree(final, ignore_errors=True)  # of an abandoned future: this run came from before it
     work.replace(final)
 

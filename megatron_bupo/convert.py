@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_bupo.checkpoints import SIDE
 from megatron_bupo.config.layout import Layout
+from megatron_bupo.durable import partial_path, sync
 from megatron_bupo.errors import InputError, RunStopped
 from megatron_bupo.hf.architecture import Architecture
 from megatron_bupo.hf.headers import BITS
@@ -33,8 +34,6 @@ from megatron_bupo.hf.writer import (
     ShardPlan,
     ShardWriter,
     copy_side_files,
-    partial_directory,
-    sync,
 )
 from megatron_bupo.mcore.hf_weights import Row, Unit, read_piece, unit_rows, units
 from megatron_bupo.mcore.torch_dist import Entry, Holders, finish, write_unit
@@ -229,7 +228,7 @@ def _files(folder: Path) -> list[Any]:
 
 def check_room(out: Path, bytes_: int) -> None:
     """The disk has room for `bytes_`, less what a killed conversion has written of them."""
-    there = partial_directory(out).rglob("*")
+    there = partial_path(out).rglob("*")
     written = sum(512 * path.lstat().st_blocks for path in there if path.is_file())
     free = shutil.disk_usage(existing_ancestor(out)).free
     if free < bytes_ - written:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,10 +18,11 @@ from megatron_bupo import collective
 from megatron_bupo.commands.evaluate import Evaluation
 from megatron_bupo.config.evaluation_rules import max_response_tokens
 from megatron_bupo.config.schema import EvaluationConfig
+from megatron_bupo.durable import replace_text
 from megatron_bupo.engines import rollout_engine, sharing_ranks
 from megatron_bupo.evaluation.asking import Benchmark, Marks, ask, avg_at_k
 from megatron_bupo.evaluation.curves import draw_pass_at_k
-from megatron_bupo.evaluation.identity import State, replace_file, write_state
+from megatron_bupo.evaluation.identity import State, write_state
 from megatron_bupo.evaluation.results import Resampling, Score, average, score
 from megatron_bupo.evaluation.sheets import add, go_on, sheet_file
 from megatron_bupo.evaluation.tables import avg_table, caption, pass_table
@@ -128,7 +130,7 @@ def write_results(
             "benchmarks": {s.name: state.benchmarks[s.name] for s in scores},
         },
     }
-    replace_file(out / RESULTS, content)
+    replace_text(out / RESULTS, json.dumps(content, indent=1) + "\n")
     beside = evaluation.beside
     parts = [
         avg_table(scores, mean, model=model, beside=beside),

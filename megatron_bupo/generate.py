@@ -13,12 +13,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import IO
 
 from megatron_bupo import collective
 from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy, Policy
 from megatron_bupo.commands.generate import Generation
 from megatron_bupo.config import Config, expand
+from megatron_bupo.durable import replacing
 from megatron_bupo.engines import rollout_engine, sharing_ranks
 from megatron_bupo.record.measures import warnings_of
 from megatron_bupo.record.rollout_files import fields_of, to_line
@@ -57,25 +57,24 @@ def generate(generation: Generation) -> None:
         engine = rollout_engine(config, ready.architecture, generation.tokenizer, run_dir=run_dir)
         stack.callback(engine.close)
         engine.wait_until_up(_say)
-        file = _opened(generation.out, stack)
+        file = None
+        if generation.out is not None and collective.is_first():
+            file = stack.enter_context(replacing(generation.out))
         rows = []
         for policy in generation.policies:
             engine.sample_from(policy)
             groups = engine.generate(generation.prompts, _sampling(config))
-            grades = grader.grade(groups) if grader is not None else _not_graded(groups)
+            grades = grader.grade(groups) if grader is not None else not_graded(groups)
             answers = Answers(policy, groups, grades)
             rows.append(summary(answers))
             _say("\n".join(shown(answers)))
             for warning in warnings_of(grades):
                 _say(f"warning: {warning}")
             if file is not None:
-                file.writelines(lines_of(answers))
+                file.writelines(f"{line}\n".encode() for line in lines_of(answers))
         engine.sample_from(FULL)  # servers that run on are left as they were found
         if len(rows) > 1 or grader is not None:
             _say("\n".join(table(rows)))
-        if file is not None and generation.out is not None:
-            file.close()
-            Path(file.name).replace(generation.out)
 
 
 def _sampling(config: Config) -> Sampling:
@@ -88,21 +87,14 @@ def _sampling(config: Config) -> Sampling:
     )
 
 
-def _not_graded(groups: Sequence[RolloutGroup]) -> list[list[Grade]]:
+def not_graded(groups: Sequence[RolloutGroup]) -> list[list[Grade]]:
+    """What stands for the grades of `groups` where nobody grades."""
     return [[NOT_GRADED] * len(group.rollouts) for group in groups]
 
 
 def _say(text: str) -> None:
     if collective.is_first():
         print(text, flush=True)
-
-
-def _opened(out: Path | None, stack: ExitStack) -> IO[str] | None:
-    """A file beside `out` on the rank that writes; it gets its name when it is whole."""
-    if out is None or not collective.is_first():
-        return None
-    partial = out.with_name(f".{out.name}.partial")
-    return stack.enter_context(partial.open("w", encoding="utf-8"))
 
 
 def name_of(policy: Policy) -> str:
@@ -119,7 +111,7 @@ def lines_of(answers: Answers) -> Iterator[str]:
         row = policy | {"response": response} | fields_of(rollout, grade)
         if grade is NOT_GRADED:
             row["reward"] = None
-        yield to_line(row) + "\n"
+        yield to_line(row)
 
 
 def shown(answers: Answers) -> Iterator[str]:

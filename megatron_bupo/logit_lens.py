@@ -27,6 +27,7 @@ from megatron_bupo.commands.analyze import Analysis
 from megatron_bupo.commands.score import GivenResponse
 from megatron_bupo.config import expand
 from megatron_bupo.data.token_texts import Decode, pieces, token_texts
+from megatron_bupo.durable import replace_text
 from megatron_bupo.mcore.logit_lens import Lens, LensReader
 from megatron_bupo.score import as_batch
 
@@ -53,9 +54,7 @@ def keep_lens(
     found = [reader().lens(as_batch([response]), top=top) for response in shown]
     if collective.is_first():
         content = _content(shown, responses, found, decoder(analysis), top)
-        partial = path.with_name(f".{LENS}.partial")
-        partial.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, json.dumps(content, allow_nan=False))
 
 
 def _count(path: Path) -> int | None:

@@ -8,15 +8,20 @@ is on disk; the first line says of what job, and another job begins anew.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_bupo.durable import (
+    add_lines,
+    drop_torn_line,
+    partial_path,
+    put_in_place,
+    whole_lines,
+)
 from megatron_bupo.errors import InputError
-from megatron_bupo.hf.writer import partial_directory, put_in_place
 from megatron_bupo.launch import lock
 
 JOURNAL = ".units.jsonl"
@@ -46,22 +51,14 @@ class Unfinished:
 
     def _lines(self) -> list[Any]:
         """Of the journal; a last one that is torn goes."""
+        drop_torn_line(self._journal)
         try:
-            text = self._journal.read_bytes()
-        except FileNotFoundError:
-            return []
-        whole = text[: text.rfind(b"\n") + 1]
-        os.truncate(self._journal, len(whole))
-        try:
-            return [json.loads(line) for line in whole.splitlines()]
+            return [json.loads(line) for line in whole_lines(self._journal)]
         except ValueError:
             return []
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        with self._journal.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        add_lines(self._journal, [json.dumps(line)])
 
 
 @contextmanager
@@ -72,7 +69,7 @@ def unfinished(out: Path, job: Mapping[str, Any], *, overwrite: bool) -> Iterato
     Raises:
         InputError: another process is writing it, or it has come to be.
     """
-    work = partial_directory(out)
+    work = partial_path(out)
     with lock.hold(work, key="--out ", patience_s=1):
         check_free(out, overwrite=overwrite)  # another process may just have finished it
         begun = Unfinished(work, job)

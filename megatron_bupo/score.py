@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from megatron_bupo.algorithm.bupo import Policy
 from megatron_bupo.commands.score import GivenResponse, Scoring
 from megatron_bupo.config import expand
+from megatron_bupo.durable import replacing
 from megatron_bupo.hf.reader import slice_opener
 from megatron_bupo.hf.tensors import read_index
 from megatron_bupo.mcore import parallel
@@ -39,10 +40,8 @@ def score(scoring: Scoring) -> None:
         at_once = AT_ONCE * ready.layout.dp
         rows = scored_rows(actor, scoring.responses, scoring.policy, at_once)
         if dist.get_rank() == 0:
-            partial = scoring.out.with_name(f".{scoring.out.name}.partial")
-            with partial.open("w") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-            partial.replace(scoring.out)
+            with replacing(scoring.out) as file:
+                file.writelines(f"{json.dumps(row)}\n".encode() for row in rows)
         for _ in rows:
             pass  # the other ranks' part of the passes
         dist.barrier()

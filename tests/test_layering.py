@@ -21,18 +21,19 @@ MAY_IMPORT = {
     "errors": set(),
     "collective": {"progress"},
     "progress": set(),
-    "checkpoints": {"errors"},
+    "durable": set(),
+    "checkpoints": {"errors", "durable"},
     "config": {"errors"},
-    "hf": {"types", "errors"},
+    "hf": {"types", "errors", "durable"},
     "algorithm": {"types"},
     "data": {"types", "config", "errors"},
     "rewards": {"types", "config", "errors", "collective", "progress"},
     "rollout": {"types", "config", "errors", "collective", "progress", "hf", "algorithm"},
-    "evaluation": {"types", "config", "errors", "hf", "rewards", "rollout"},
+    "evaluation": {"types", "config", "errors", "hf", "rewards", "rollout", "durable"},
     "mcore": {"types", "config", "errors", "progress", "checkpoints", "algorithm", "hf"},
-    "record": {"types", "config", "errors", "progress", "algorithm"},
-    "analysis": {"errors"},
-    "bed": {"types", "config", "errors", "data", "hf"},
+    "record": {"types", "config", "errors", "durable", "progress", "algorithm"},
+    "analysis": {"errors", "durable"},
+    "bed": {"types", "config", "errors", "durable", "data", "hf"},
 }
 # What puts the parts together may import all of them.
 ON_TOP = {
@@ -75,6 +76,7 @@ ONLY_OTHERS = {
     "types": {"torch"},
     "errors": set(),
     "progress": set(),
+    "durable": set(),
     "config": {"omegaconf", "yaml"},
     "algorithm": {"torch", "ahocorasick", "regex"},
 }
@@ -86,6 +88,7 @@ SERVER_SIDE = PACKAGE / "rollout" / "server_side"
 WITHOUT_TORCH = {
     "types",
     "errors",
+    "durable",
     "checkpoints",
     "config",
     "hf",

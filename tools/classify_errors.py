@@ -41,6 +41,7 @@ from rich.progress import Progress
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the judge is in a module beside
 
 from megatron_bupo.commands.rollouts import PIPED_WIDTH
+from megatron_bupo.durable import add_lines, drop_torn_line, replace_text, whole_lines
 from megatron_bupo.errors import InputError, RunStopped
 from megatron_bupo.launch import lock
 from tools.error_judge import KINDS, UNCLEAR, Judge, ask_all, choice_of
@@ -164,8 +165,9 @@ def classify(args: argparse.Namespace) -> int:
     ]
     rows = rows_of(failures, choices)
     lines = [_line(r, choice) for r, choice in zip(failures.chosen, choices, strict=True)]
-    _write(args.out / "errors.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
-    _write(args.out / "summary.json", json.dumps({"model": judge.model, "rows": rows}, indent=1))
+    replace_text(args.out / "errors.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+    summary = json.dumps({"model": judge.model, "rows": rows}, indent=1)
+    replace_text(args.out / "summary.json", summary)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = PIPED_WIDTH
@@ -178,14 +180,12 @@ def classify(args: argparse.Namespace) -> int:
 
 def _ask(judge: Judge, left: Mapping[str, str], file: Path, replies: dict[str, str]) -> str | None:
     """Ask what is `left`, and add to `file` and `replies`; returns what went wrong."""
-    with Progress(console=CONSOLE, transient=True) as progress, file.open("a") as kept:
+    with Progress(console=CONSOLE, transient=True) as progress:
         task = progress.add_task("asking", total=len(left))
 
         def answered(key: str, reply: str) -> None:
             replies[key] = reply
-            kept.write(json.dumps({"question": key, "reply": reply}) + "\n")
-            kept.flush()
-            os.fsync(kept.fileno())
+            add_lines(file, [json.dumps({"question": key, "reply": reply})])
             progress.advance(task)
 
         try:
@@ -199,13 +199,9 @@ def _ask(judge: Judge, left: Mapping[str, str], file: Path, replies: dict[str, s
 
 def read_answers(path: Path) -> dict[str, str]:
     """The replies that are kept, by question; a last line that a kill has torn goes."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    os.truncate(path, len(whole))
+    drop_torn_line(path)
     try:
-        lines = [json.loads(line) for line in whole.splitlines()]
+        lines = [json.loads(line) for line in whole_lines(path)]
         return {str(line["question"]): str(line["reply"]) for line in lines}
     except (KeyError, TypeError, ValueError) as error:
         reason = f"is not what was written there ({type(error).__name__}: {error})"
@@ -221,12 +217,6 @@ def _line(response: Response, choice: str | None) -> dict[str, Any]:
         "choice": choice if choice in KINDS else None,
         "kind": KINDS.get(choice, choice) if choice else None,  # null: not answered
     }
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

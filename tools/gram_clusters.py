@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from megatron_bupo.durable import replacing
 from megatron_bupo.errors import InputError
 from tools.gram_mining import Numbers
 
@@ -35,10 +36,8 @@ def load(path: Path) -> dict[str, Any] | None:
 
 def save(path: Path, **arrays: Any) -> None:
     """Write `arrays` to `path`, which is whole at any time."""
-    partial = path.with_name(f".{path.name}")
-    with partial.open("wb") as file:
+    with replacing(path) as file:
         np.savez(file, **arrays)
-    partial.replace(path)
 
 
 def embeddings_of(work: Path, texts: Sequence[str], model: Path | None) -> NDArray[np.float32]:

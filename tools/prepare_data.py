@@ -36,7 +36,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what tools share is in modules of their own
 
@@ -44,6 +44,7 @@ from megatron_bupo.config.schema import DataConfig
 from megatron_bupo.data.contamination import Asked
 from megatron_bupo.data.questions import BOXED, read_question
 from megatron_bupo.data.rows import read_rows
+from megatron_bupo.durable import replace_text, replacing
 from megatron_bupo.errors import InputError
 from tools.known_data import DATA, FIVE_THOUSAND, Known
 
@@ -107,7 +108,7 @@ def prepare(names: Sequence[str], out: str | None, *, source: str | None, rows: 
     for name in names:
         _prepare(name, directory, source or DATA[name].hub, rows)
     overlap = overlap_of(directory)
-    _write(directory / OVERLAP, (json.dumps(overlap, indent=2) + "\n").encode())
+    replace_text(directory / OVERLAP, json.dumps(overlap, indent=2) + "\n")
     for train, tests in overlap.items():
         for test, found in tests.items():
             print(f"{train} asks {found['asked']} of the {found['of']} questions of {test}")
@@ -126,7 +127,8 @@ def _prepare(name: str, directory: Path, source: str, rows: int | None) -> None:
         counts = " or ".join(f"{count:,}" for count in expected)
         raise InputError(source, f"gives {len(items):,} rows of {name}, not {counts}", way_out)
     path, content = directory / f"{name}.parquet", content_of(items)
-    _write(path, _parquet(items))
+    with replacing(path) as file:
+        _write_parquet(file, items)
     manifest = {
         "name": name,
         "source": source,
@@ -140,7 +142,7 @@ def _prepare(name: str, directory: Path, source: str, rows: int | None) -> None:
         "content_is_the_authors": None if known.content is None else content == known.content,
         "file_sha256": _sha256(path),
     }
-    _write(directory / f"{name}.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    replace_text(directory / f"{name}.json", json.dumps(manifest, indent=2) + "\n")
     print(f"{path}: {len(items):,} rows of {read:,}, content {content[:12]}")
 
 
@@ -206,7 +208,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _parquet(items: Sequence[Item]) -> bytes:
+def _write_parquet(file: IO[bytes], items: Sequence[Item]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -218,16 +220,7 @@ def _parquet(items: Sequence[Item]) -> bytes:
         {"prompt": [system, {"role": "user", "content": item.question}], **asdict(item)}
         for item in items
     ]
-    sink = pa.BufferOutputStream()
-    parquet.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All of it or nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    parquet.write_table(pa.Table.from_pylist(rows, schema=schema), file, compression="zstd")
 
 
 def _items_of(path: Path) -> list[Item]:

@@ -11,7 +11,6 @@ Readers of parquet take the folder `tokens` for one table.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_bupo.analysis.moments import Array, Moments
+from megatron_bupo.durable import replacing
 from megatron_bupo.errors import InputError
 
 READINGS, TOKENS = "readings", "tokens"
@@ -94,9 +94,5 @@ def add_tokens(
 
 def _write(path: Path, save: Any) -> None:
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with replacing(path) as file:
         save(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

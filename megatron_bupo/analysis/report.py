@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_bupo.durable import replace_text
+
 FILE = "report.html"
 _TEMPLATE = Path(__file__).with_suffix(".html")
 
@@ -21,9 +23,7 @@ def write_report(out: Path, content: Mapping[str, Any], lens: Mapping[str, Any] 
     data = "\n".join(_data(name, value) for name, value in (("analysis", content), ("lens", lens)))
     title = html.escape(content["model"])
     page = page.replace("<!--TITLE-->", title).replace("<!--DATA-->", data)
-    partial = out / f".{FILE}.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(out / FILE)
+    replace_text(out / FILE, page)
     return out / FILE
 
 

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from megatron_bupo.analysis.moments import Pooled
+from megatron_bupo.durable import replace_text, replacing
 
 RESULTS, TABLE = "analysis.json", "layers.parquet"
 READ_OUTS = {
@@ -92,12 +93,9 @@ def write_results(out: Path, content: Mapping[str, Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    partial = out / f".{TABLE}.partial"
-    pq.write_table(pa.Table.from_pylist(list(map(_flat, content["layers"]))), partial)
-    partial.replace(out / TABLE)
-    partial = out / f".{RESULTS}.partial"
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(out / RESULTS)
+    with replacing(out / TABLE) as file:
+        pq.write_table(pa.Table.from_pylist(list(map(_flat, content["layers"]))), file)
+    replace_text(out / RESULTS, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from megatron_bupo.bed import chain_sums
 from megatron_bupo.config import expand
+from megatron_bupo.durable import partial_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,7 +70,7 @@ def make_bed(
 
 def _make(target: Path, make: Callable[[Path], object]) -> None:
     """Make `target` under another name, then give it its own."""
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_path(target)
     if partial.is_dir():  # of a build that was killed: the lock is ours, so nobody is at it
         shutil.rmtree(partial)
     make(partial)

@@ -28,8 +28,9 @@ from megatron_bupo.config.schema import BupoConfig, DebugConfig
 from megatron_bupo.config.server_rules import check_servers
 from megatron_bupo.data.prompts import load_prompts, load_training
 from megatron_bupo.data.tokenizer import load_tokenizer
+from megatron_bupo.durable import replace_text
 from megatron_bupo.errors import InputError, RunStopped
-from megatron_bupo.evaluation.identity import digest, refuse_changes, replace_file
+from megatron_bupo.evaluation.identity import digest, refuse_changes
 from megatron_bupo.hf.architecture import Architecture
 from megatron_bupo.hf.tensors import read_index
 from megatron_bupo.launch.local import (
@@ -262,7 +263,7 @@ def take_up(analysis: Analysis) -> None:
     """Make `--out` the directory of this analysis, or check that it is."""
     path = analysis.out / STATE
     if not path.exists():
-        replace_file(path, analysis.settings)
+        replace_text(path, json.dumps(analysis.settings, indent=1) + "\n")
         return
     try:
         before = dict(json.loads(path.read_text(encoding="utf-8")))

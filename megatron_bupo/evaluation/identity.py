@@ -25,6 +25,7 @@ from typing import Any
 
 from megatron_bupo.config import Config, expand, flatten
 from megatron_bupo.config.evaluation_rules import max_response_tokens
+from megatron_bupo.durable import replace_text
 from megatron_bupo.errors import InputError
 from megatron_bupo.evaluation.asking import Benchmark
 from megatron_bupo.evaluation.sheets import sheet_file
@@ -153,11 +154,5 @@ def write_state(out: Path, state: State) -> None:
         name: {**asked, "seconds": round(state.seconds.get(name, 0.0), 3)}
         for name, asked in state.benchmarks.items()
     }
-    replace_file(out / FILE, {"settings": state.settings, "benchmarks": benchmarks})
-
-
-def replace_file(path: Path, content: Mapping[str, Any]) -> None:
-    """JSON by one rename, when it is whole."""
-    work = path.with_name(f".{path.name}.partial")
-    work.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    work.replace(path)
+    content = {"settings": state.settings, "benchmarks": benchmarks}
+    replace_text(out / FILE, json.dumps(content, indent=1) + "\n")

@@ -23,11 +23,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_bupo.durable import add_lines, drop_torn_line
 from megatron_bupo.errors import InputError
 from megatron_bupo.evaluation.asking import Answered, Benchmark, Marks
 
@@ -58,23 +58,13 @@ def to_line(answered: Answered) -> str:
 
 def add(path: Path, batch: Iterable[Answered]) -> None:
     """Add the questions of `batch`, on disk when this returns."""
-    lines = "".join(f"{to_line(answered)}\n" for answered in batch)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(lines)
-        file.flush()
-        os.fsync(file.fileno())
+    add_lines(path, map(to_line, batch))
 
 
 def go_on(path: Path, benchmark: Benchmark) -> list[Marks]:
     """The marks of the questions answered so far; drops what was written of another one."""
-    if not path.exists():
-        return []
-    with path.open("rb+") as file:
-        whole = 0
-        for line in file:
-            whole += len(line) if line.endswith(b"\n") else 0
-        file.truncate(whole)
-    return list(_read(path, benchmark))
+    drop_torn_line(path)
+    return list(_read(path, benchmark)) if path.exists() else []
 
 
 def _read(path: Path, benchmark: Benchmark) -> Iterator[Marks]:

@@ -8,7 +8,6 @@ is written stays written if the rest has to wait.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_bupo.durable import partial_path, put_in_place, sync
 from megatron_bupo.hf.headers import BITS, Shape
 from megatron_bupo.hf.tensors import SHARD_INDEX, SINGLE_FILE
 
@@ -158,7 +158,7 @@ def write_checkpoint(
     `dtype` is the weights' (`float32`, `bfloat16`) and is written to config.json. An existing `out`
     is replaced only once the new one is complete.
     """
-    work = partial_directory(out)
+    work = partial_path(out)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     copy_side_files(like, work, dtype=dtype)
@@ -203,33 +203,3 @@ def _name_dtype(path: Path, dtype: str) -> None:
     if any(str(config.get(key)).removeprefix("torch.") != dtype for key in keys):
         config |= dict.fromkeys(keys, dtype)
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def partial_directory(out: Path) -> Path:
-    """Where `out` is while it is being written; a killed writer leaves it there."""
-    return out.with_name(f".{out.name}.partial")
-
-
-def put_in_place(work: Path, out: Path) -> None:
-    """Give the complete directory `work` the name `out`, by one rename once all of it is on disk;
-    what was there before goes after it.
-    """
-    for path in sorted(work.rglob("*")):
-        sync(path)
-    sync(work)
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.replace(old)
-    work.replace(out)
-    sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Have the file or the names in the directory `path` on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

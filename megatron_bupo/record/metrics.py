@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_bupo.durable import add_lines, replacing, whole_lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,11 +35,11 @@ class MetricsLog:
 
     def __init__(self, run_dir: str | Path, *, first_step: int, tensorboard: bool = True) -> None:
         """Keep the steps before `first_step` and drop the others, in one atomic replacement."""
-        path = Path(run_dir) / FILE
+        self._path = path = Path(run_dir) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < first_step]
-        _replace(path, b"".join(kept))
-        self._file = path.open("ab")
+        kept = [line for line in whole_lines(path) if json.loads(line)["step"] < first_step]
+        with replacing(path) as file:
+            file.writelines(line + b"\n" for line in kept)
         self._board = None
         self._shown_policy = ""
         if tensorboard:
@@ -62,16 +63,13 @@ class MetricsLog:
         """Add the line of `step`, on disk when this returns; returns the record as written."""
         record = {"step": step, "policy": str(policy)} | {k: float(v) for k, v in metrics.items()}
         line = {k: None if _not_finite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        add_lines(self._path, [json.dumps(line, allow_nan=False)])
         if self._board is not None:
             self._show(step, record)
         return record
 
     def close(self) -> None:
-        """Close the files."""
-        self._file.close()
+        """Close what shows them."""
         if self._board is not None:
             self._board.close()
 
@@ -89,7 +87,7 @@ class MetricsLog:
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The records of a run, in order of step; what was not finite reads as NaN."""
-    records = [json.loads(line) for line in _whole_lines(Path(run_dir) / FILE)]
+    records = [json.loads(line) for line in whole_lines(Path(run_dir) / FILE)]
     return [{k: math.nan if v is None else v for k, v in record.items()} for record in records]
 
 
@@ -97,23 +95,6 @@ def internal_layer(record: Mapping[str, Any]) -> int | None:
     """The layer (from 1) whose policy the record's step trained; None: the full policy."""
     policy = record["policy"]
     return int(policy.removeprefix(INTERNAL)) if policy.startswith(INTERNAL) else None
-
-
-def _whole_lines(path: Path) -> list[bytes]:
-    """The lines of `path` that were written to their end; a process may die inside the last."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Put `content` at `path` so that at any moment the old file or the new one stands there."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _not_finite(value: object) -> bool:

@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +46,7 @@ from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_bupo.durable import replacing
 from megatron_bupo.errors import InputError
 from megatron_bupo.types import Grade, Prompt, Rollout, RolloutGroup, TokenBatch, VersionSpan
 
@@ -129,18 +129,15 @@ def write_rollouts(
     """Write the file of `step`."""
     path = step_file(run_dir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     policy = None if learned is None else str(learned.policy)
     tokens = repeat({}) if learned is None else learned.tokens()
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         for group, its_grades in zip(groups, grades, strict=True):
             rollouts = zip(group.rollouts, its_grades, strict=True)
             for response, (rollout, grade) in enumerate(rollouts):
                 place = {"step": step, "policy": policy, "response": response}
-                file.write(to_line(place | fields_of(rollout, grade) | next(tokens)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+                line = to_line(place | fields_of(rollout, grade) | next(tokens))
+                file.write(f"{line}\n".encode())
 
 
 def fields_of(rollout: Rollout, grade: Grade) -> dict[str, Any]:
