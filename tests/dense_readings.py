@@ -71,6 +71,41 @@ def _of_response(model: Any, ids: Tensor, mask: Tensor, *, normed: bool) -> dict
     }
 
 
+@torch.no_grad()
+def dense_probe(model: Any, batch: TokenBatch, layer: int) -> dict[str, Tensor]:
+    """What a probe of `layer` reads, fp64 `[tokens]` or `[later layers, tokens]`."""
+    parts = []
+    for row, mask in zip(batch.input_ids, batch.response_mask, strict=True):
+        if not mask.any():
+            continue
+        ids = row[: int(mask.nonzero().max()) + 1]
+        before = mask[: len(ids)].nonzero().flatten() - 1
+        seen, final = _passed(model, ids)
+        full = model.lm_head(final[before]).double().log_softmax(-1)
+        streams = [seen[0]["layer_in"][before], *(of["layer_out"][before] for of in seen)]
+        own = _logprobs(model, streams[layer], False)
+        later = streams[layer + 1 :]
+        parts.append(
+            {
+                "full_logprob": full.gather(1, ids[before + 1][:, None]).squeeze(1),
+                "full_entropy": _entropy(full),
+                "kl_to_full": _kl(own, full),
+                "kl_from_full": _kl(full, own),
+                "entropy": _entropy(own),
+                "entropy_before": _entropy(_logprobs(model, streams[layer - 1], False)),
+                "cosine": torch.stack(
+                    [F.cosine_similarity(streams[layer], x, dim=-1).double() for x in later]
+                ),
+                "kl_to_later": torch.stack([_kl(own, _logprobs(model, x, False)) for x in later]),
+            }
+        )
+    return {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def _passed(model: Any, ids: Tensor) -> tuple[list[dict[str, Tensor]], Tensor]:
     """What passes in and out of the modules of each layer `[tokens, hidden]`, and norm(h_L)."""
     seen: list[dict[str, Tensor]] = [{} for _ in model.model.layers]
@@ -110,7 +145,7 @@ def _entropy(log_p: Tensor) -> Tensor:
 def _beside(prefix: str, log_p: Tensor, full: Tensor) -> dict[str, Tensor]:
     return {
         f"{prefix}entropy_nats": _entropy(log_p),
-        f"{prefix}kl_to_full_nats": (log_p.exp() * (log_p - full)).sum(-1),
-        f"{prefix}kl_from_full_nats": (full.exp() * (full - log_p)).sum(-1),
+        f"{prefix}kl_to_full_nats": _kl(log_p, full),
+        f"{prefix}kl_from_full_nats": _kl(full, log_p),
         f"{prefix}top1_agreement": (log_p.argmax(-1) == full.argmax(-1)).double(),
     }

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bupo.mcore.logprobs import VocabShard, write_logits
-from megatron_bupo.mcore.residual_readings import Kept, ResidualReader
+from megatron_bupo.mcore.residual_readings import ResidualReader
+from megatron_bupo.mcore.row_reader import Kept
 from megatron_bupo.types import TokenBatch
 
 
@@ -64,7 +65,7 @@ class LensReader(ResidualReader):
         """Of this stage's layers at the rows `some`, into `[layers, policies, columns, rows]`."""
         assert kept.final is not None, "every stage has it"
         targets = kept.microbatch.targets[some]
-        full = self._outs.full(self._together(kept, kept.final, some), targets)
+        full = self._outs.yardstick(self._together(kept, kept.final, some), targets)
         for layer, stream, attention, ffn in self._path(kept, some):
             after = stream + attention + ffn
             normed = self._rms_norm(after, self._final_norm)

@@ -8,7 +8,7 @@ Every rank calls every method with equal arguments; results are equal on every r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -89,13 +89,23 @@ class PipelinedModel:
         score: Callable[..., Any] | None = None,
         learn: Callable[..., Any] | None = None,
     ) -> list[Any]:
-        """Push this rank's share of `batch` through the pipeline, with backward passes if there is
-        a `learn`.
+        """`run` with this rank's share of `batch`."""
+        return self.run(self.microbatches(batch), policy, score=score, learn=learn)
+
+    def run(
+        self,
+        microbatches: Sequence[Microbatch],
+        policy: Policy,
+        *,
+        score: Callable[..., Any] | None = None,
+        learn: Callable[..., Any] | None = None,
+    ) -> list[Any]:
+        """Push this rank's `microbatches` through the pipeline, with backward passes if there is a
+        `learn`.
 
         Returns what the last stage's `score(microbatch, hidden)` or `learn(microbatch, hidden)`
         gave for each micro-batch; nothing on other stages.
         """
-        microbatches = self._microbatches(batch)
         vpp = self.config.parallel.vpp
 
         def forward(
@@ -129,7 +139,7 @@ class PipelinedModel:
                 collect_non_loss_data=learn is None,
             )
 
-    def _microbatches(self, batch: TokenBatch) -> list[Microbatch]:
+    def microbatches(self, batch: TokenBatch) -> list[Microbatch]:
         """This rank's micro-batches; a pipeline gets at least one per stage, to keep all busy."""
         trainer, stages = self.config.trainer, self.config.parallel.pp
         dealt = deal(

@@ -1,7 +1,8 @@
-"""What do several vectors of a token say through one unembedding, and how far from the full policy?
+"""What do several vectors of a token say through one unembedding, and how far from one of them?
 
 Logits of all vectors of a few tokens lie in one buffer, which each layer overwrites. Of every
-p = softmax(E x) the entropy is asked, of some also how far they are from the full policy pi::
+p = softmax(E x) the entropy is asked, of some also how far they are from a policy pi, the yardstick
+(the full policy, mostly)::
 
     H(p)       = log Z - sum_v p_v z_v                z = E x, Z = sum_v exp(z_v)
     KL(p||pi)  = -H(p) - sum_v p_v log pi_v
@@ -25,8 +26,8 @@ from torch import Tensor
 from megatron_bupo.mcore.logprobs import VocabShard, write_logits
 
 
-class FullPolicy(NamedTuple):
-    """softmax(E norm(h_L)) at some tokens; nats."""
+class Yardstick(NamedTuple):
+    """A policy at some tokens, which others are compared with; nats."""
 
     entropy: Tensor  # [tokens]
     target_logprob: Tensor  # [tokens]
@@ -61,13 +62,14 @@ class ReadOuts:
         finally:
             self._logits = self._logprobs = self._probs = self._exp = nothing
 
-    def full(self, final: Tensor, targets: Tensor) -> FullPolicy:
-        """The full policy from `norm(h_L)` `[tokens, hidden]`, with the log-probs of `targets`.
-        Valid until the next one is asked for. Collective over the vocabulary.
+    def yardstick(self, vector: Tensor, targets: Tensor) -> Yardstick:
+        """softmax(E x) of `vector` `[tokens, hidden]`, with the log-probs of `targets`; the full
+        policy's is norm(h_L). Valid until the next one is asked for. Collective over the
+        vocabulary.
         """
-        tokens, shard = len(final), self.shard
+        tokens, shard = len(vector), self.shard
         z, probs = self._logprobs[:tokens], self._probs[:tokens]
-        write_logits(z, final.to(self.weight.dtype), self.weight, shard=shard)
+        write_logits(z, vector.to(self.weight.dtype), self.weight, shard=shard)
         own, best = z.max(dim=1, keepdim=True)
         at = (targets.unsqueeze(1) - shard.first).clamp(0, max(shard.valid - 1, 0))
         mine = at + shard.first == targets.unsqueeze(1)
@@ -83,7 +85,7 @@ class ReadOuts:
         # Equal logits on two ranks: the lower id is the most probable
         first = torch.where(own == top, best + shard.first, torch.iinfo(torch.long).max)
         is_best = self._over_ranks(first.clone(), dist.ReduceOp.MIN) == first
-        return FullPolicy(
+        return Yardstick(
             entropy=log_weights - expected / weights,
             target_logprob=target - log_weights,
             logprobs=z,
@@ -92,9 +94,9 @@ class ReadOuts:
             has_best=(is_best & (own == top)).squeeze(1),
         )
 
-    def read(self, vectors: Tensor, full: FullPolicy | None = None, *, compared: int = 0) -> Tensor:
+    def read(self, vectors: Tensor, pi: Yardstick | None = None, *, compared: int = 0) -> Tensor:
         """This rank's part of what `vectors` `[vectors, tokens, hidden]` say, for `whole`:
-        `[vectors, 6, tokens]`. The first `compared` are compared with `full`.
+        `[vectors, 6, tokens]`. The first `compared` are compared with `pi`.
         """
         count, tokens, _ = vectors.shape
         rows = vectors.to(self.weight.dtype).flatten(0, 1)
@@ -102,45 +104,45 @@ class ReadOuts:
         write_logits(logits, rows, self.weight, shard=self.shard)
         found = torch.zeros(count, 6, tokens, device=vectors.device)
         for i, z in enumerate(logits.unflatten(0, (count, tokens))):
-            top, weights, expected, log_full, own_log, best = found[i]
+            top, weights, expected, log_pi, own_log, best = found[i]
             torch.amax(z, 1, out=top)
-            if full is not None and i < compared:
-                best[:] = z.gather(1, full.best).squeeze(1) * full.has_best
+            if pi is not None and i < compared:
+                best[:] = z.gather(1, pi.best).squeeze(1) * pi.has_best
             z.sub_(top.unsqueeze(1))
             exp = torch.exp(z, out=self._exp[:tokens])
             weights[:] = exp.sum(1)
             expected[:] = torch.linalg.vecdot(exp, z)
-            if full is not None and i < compared:
-                log_full[:] = torch.linalg.vecdot(exp, full.logprobs)
-                own_log[:] = torch.linalg.vecdot(full.probs, z)
+            if pi is not None and i < compared:
+                log_pi[:] = torch.linalg.vecdot(exp, pi.logprobs)
+                own_log[:] = torch.linalg.vecdot(pi.probs, z)
         return found
 
-    def whole(self, found: Tensor, full: FullPolicy) -> Tensor:
-        """Entropy, KL to and from the full policy (nats) and agreement, `[4, vectors, tokens]`,
+    def whole(self, found: Tensor, pi: Yardstick) -> Tensor:
+        """Entropy, KL to and from the yardstick (nats) and agreement, `[4, vectors, tokens]`,
         from the parts `found` `[vectors, 6, tokens]` of the ranks; only the entropy counts of what
         was not compared. Collective over the vocabulary.
         """
-        own, weights, expected, log_full, own_log, best = found.unbind(1)
+        own, weights, expected, log_pi, own_log, best = found.unbind(1)
         top = self._over_ranks(own.clone(), dist.ReduceOp.MAX)
         lower = own - top
         share = lower.exp()
-        here = full.probs.sum(1)  # of the full policy's mass; 1 on a rank with all the vocabulary
+        here = pi.probs.sum(1)  # of its mass; 1 on a rank with all the vocabulary
         sums = torch.stack(
             (
                 share * weights,
                 share * (expected + lower * weights),
-                share * log_full,
+                share * log_pi,
                 own_log + lower * here,
                 best,
             )
         )
-        weights, expected, log_full, own_log, best = self._over_ranks(sums, dist.ReduceOp.SUM)
+        weights, expected, log_pi, own_log, best = self._over_ranks(sums, dist.ReduceOp.SUM)
         entropy = weights.log() - expected / weights
         return torch.stack(
             (
                 entropy,
-                -entropy - log_full / weights,
-                weights.log() - own_log - full.entropy,
+                -entropy - log_pi / weights,
+                weights.log() - own_log - pi.entropy,
                 (best == top).float(),
             )
         )

@@ -1,66 +1,36 @@
 """What do all layers and modules of a model say at the response tokens? In one forward pass.
 
-While a micro-batch passes, its layers leave what their modules add to the residual stream, A^l and
-F^l of `algorithm/entropy_flow.py`, at the rows that response tokens are predicted from. The rest
-follows: h_l is the sum of what was added, and modules took in its norm. Then a few tokens at a time
-go through all read-outs of all layers, so that logits exist for those alone (`read_outs.py`).
-
-Read-outs cost far more than the layers do (a row of logits is 2 hidden x vocabulary operations,
-five or six times per layer), so every pipeline stage reads its own layers: the last one lends the
-others its part of the unembedding, for good, and of each micro-batch the rows of the full policy.
-Under sequence parallelism rows stay where their tokens are, and a few at a time are brought
-together.
+Its layers leave what their modules add to the residual stream, A^l and F^l of
+`algorithm/entropy_flow.py`. The rest follows: h_l is the sum of what was added, and modules took in
+its norm. Then all of them are read out (`row_reader.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from megatron_bupo import progress
-from megatron_bupo.algorithm.bupo import FULL
 from megatron_bupo.algorithm.entropy_flow import PolicyReadings, Readings
 from megatron_bupo.config.schema import Config
 from megatron_bupo.hf.architecture import Architecture
-from megatron_bupo.mcore import cpu, model, parallel
-from megatron_bupo.mcore.microbatches import Microbatch
+from megatron_bupo.mcore import parallel
 from megatron_bupo.mcore.pipeline import PipelinedModel
-from megatron_bupo.mcore.read_outs import ReadOuts
+from megatron_bupo.mcore.row_reader import Kept, RowReader
 from megatron_bupo.types import TokenBatch
 
-ROWS = 256  # of logits at a time, at most: products of matrices gain no more beyond
 _OF_POLICY = [f.name for f in fields(PolicyReadings)]
 _OF_MODULES = [f.name for f in fields(Readings) if f.name.startswith(("attention_", "ffn_"))]
 _OF_MODEL = [f.name for f in fields(Readings) if f.name.startswith(("embedding_", "full_"))]
 
 
-@dataclass
-class Kept:
-    """What a micro-batch has left on this rank: `[rows here, hidden]` each."""
-
-    microbatch: Microbatch
-    here: (
-        Tensor  # which of its rows are on this rank, as indices; all but with sequence parallelism
-    )
-    places: Tensor  # of those, in this rank's tokens
-    streams: dict[int, Tensor] = field(default_factory=dict)  # into a chunk, by its first layer
-    added: dict[int, list[Tensor]] = field(default_factory=dict)  # [A, F] by layer
-    final: Tensor | None = None  # norm(h_L), on the last stage
-
-    def rows_of(self, hidden: Tensor) -> Tensor:
-        """Those of `[tokens, 1, hidden]`."""
-        return hidden.flatten(0, 1).index_select(0, self.places)
-
-
-class ResidualReader(PipelinedModel):
+class ResidualReader(RowReader):
     """A model whose layers and modules are read out, raw or (`normed`) through the final norm."""
 
     def __init__(
@@ -71,27 +41,16 @@ class ResidualReader(PipelinedModel):
         *,
         normed: bool = False,
     ) -> None:
-        super().__init__(arch, config, open_slice)
         self.normed = normed
-        self._kept: dict[int, Kept] = {}  # by id of the packed row, which layers are given
-        self._now: Kept | None = None
-        self._layers: dict[int, Any] = {}  # by number, from 1
-        for chunk in self.gpt_chunks:
-            self._watch(chunk.decoder.layers)
         self._policies = 1 if normed else 2  # of the stream after each layer
-        with torch.no_grad():
-            weight, self._final_norm = self._lent()
-            self._outs = ReadOuts(
-                weight,
-                model.vocab_shard(arch),
-                vectors=self._policies + 4,
-                rows=min(config.trainer.logprob_chunk_tokens, ROWS),
-            )
+        super().__init__(PipelinedModel(arch, config, open_slice), vectors=self._policies + 4)
+        self._final_norm = self._lent(_final_norm)
+        self._now: Kept | None = None
 
-    def _watch(self, layers: Any) -> None:
+    def _hooks(self) -> Iterator[Any]:
         def begin(layer: Any, _args: Any, kwargs: dict[str, Any]) -> None:
             self._now = kept = self._kept[id(kwargs["packed_seq_params"])]
-            kept.streams[layer.layer_number] = kept.rows_of(kwargs["hidden_states"])
+            kept.streams[layer.layer_number - 1] = kept.rows_of(kwargs["hidden_states"])
 
         def leave(_module: Any, _args: Any, output: Any, *, layer: int) -> None:
             added, bias = output
@@ -99,43 +58,19 @@ class ResidualReader(PipelinedModel):
             rows = self._now.rows_of(added)
             self._now.added.setdefault(layer, []).append(rows if bias is None else rows + bias)
 
-        if len(layers):
-            layers[0].register_forward_pre_hook(begin, with_kwargs=True)
-        for layer in layers:
-            self._layers[layer.layer_number] = layer
+        for chunk in self.model.gpt_chunks:
+            layers = chunk.decoder.layers
+            if len(layers):
+                yield layers[0].register_forward_pre_hook(begin, with_kwargs=True)
+        for number, layer in self._layers.items():
             for module in (layer.self_attention, layer.mlp):
-                module.register_forward_hook(partial(leave, layer=layer.layer_number))
+                yield module.register_forward_hook(partial(leave, layer=number))
 
-    def _lent(self) -> tuple[Tensor, Tensor]:
-        """The unembedding's part `[vocab shard, hidden]` and the final norm's weight, which the
-        last stage has, on every stage.
-        """
-        last = model.last_chunk(self.gpt_chunks)
-        if last is not None:
-            norm: Any = last.decoder.final_layernorm
-            held = model.unembedding(last).detach(), norm.weight.detach()
-        else:
-            tp, hidden = self.config.parallel.tp, self.native.hidden_size
-            shape = (model.padded_vocab_size(self.arch, tp) // tp, hidden)
-            kind: Any = {"dtype": self.native.params_dtype, "device": cpu.device()}
-            held = torch.empty(shape, **kind), torch.empty(hidden, **kind)
-        for tensor in held:
-            parallel.from_last_stage(tensor)
-        return held
-
-    def _microbatches(self, batch: TokenBatch) -> list[Microbatch]:
-        microbatches = super()._microbatches(batch)
-        self._kept = {id(m.packed): self._keeping(m) for m in microbatches}
-        return microbatches
-
-    def _keeping(self, microbatch: Microbatch) -> Kept:
-        rows = microbatch.rows
-        if not self.native.sequence_parallel:
-            return Kept(microbatch, torch.arange(len(rows), device=rows.device), rows)
-        group = parallel.tensor_group()
-        places = rows - group.rank() * (microbatch.packed.tokens // group.size())
-        inside = (places >= 0) & (places < microbatch.packed.tokens // group.size())
-        return Kept(microbatch, inside.nonzero().flatten(), places[inside])
+    def _share(self, kept: Kept) -> None:
+        """The rows of the full policy, from the last stage."""
+        if kept.final is None:
+            kept.final = self._outs.weight.new_empty(len(kept.places), self.native.hidden_size)
+        parallel.from_last_stage(kept.final)
 
     @torch.no_grad()
     def read(self, batch: TokenBatch) -> Readings:
@@ -146,27 +81,6 @@ class ResidualReader(PipelinedModel):
         """
         count = len(_OF_MODEL) + self.arch.layers * self._columns
         return self._as_readings(self._collect(batch, count, self._read_some))
-
-    def _collect(
-        self, batch: TokenBatch, columns: int, read_some: Callable[[Kept, slice, Tensor], None]
-    ) -> Tensor:
-        """What `read_some` finds at the response tokens of `batch`, `[columns, tokens]`, put
-        together from all stages and ranks.
-        """
-        self._run(batch, FULL, score=self._keep_final)
-        mask = batch.response_mask.flatten()
-        place = (mask.cumsum(0) - 1).to(cpu.device())  # among the response tokens
-        out = torch.zeros(columns, int(mask.sum()), device=cpu.device())
-        with self._outs.at_work():
-            for kept in self._kept.values():
-                out[:, place[kept.microbatch.at]] = self._read_out(kept, columns, read_some)
-        self._kept, self._now = {}, None
-        return parallel.sum_over_stages(parallel.sum_over_tokens(out)).cpu()
-
-    def _keep_final(self, microbatch: Microbatch, hidden: Tensor, **_: Any) -> None:
-        kept = self._kept[id(microbatch.packed)]
-        # In bfloat16 the last stage answers in fp32, of which the unembedding sees bfloat16
-        kept.final = kept.rows_of(hidden).to(self._outs.weight.dtype)
 
     @property
     def _columns(self) -> int:
@@ -188,28 +102,11 @@ class ResidualReader(PipelinedModel):
             normed_layer=next(iter(normed_layer), None),
         )
 
-    def _read_out(
-        self, kept: Kept, columns: int, read_some: Callable[[Kept, slice, Tensor], None]
-    ) -> Tensor:
-        """Of this stage's layers `[columns, rows]`; else 0."""
-        rows = len(kept.microbatch.rows)
-        out = torch.zeros(columns, rows, device=cpu.device())
-        if not rows:
-            return out
-        if kept.final is None:
-            kept.final = self._outs.weight.new_empty(len(kept.places), self.native.hidden_size)
-        parallel.from_last_stage(kept.final)
-        for start in range(0, rows, self._outs.tokens):
-            progress.beat()
-            some = slice(start, min(start + self._outs.tokens, rows))
-            read_some(kept, some, out[:, some])
-        return out
-
     def _read_some(self, kept: Kept, some: slice, out: Tensor) -> None:
         """What the micro-batch's rows `some` say, into `out` `[columns, rows]`."""
         assert kept.final is not None, "every stage has it"
         final = self._together(kept, kept.final, some)
-        full = self._outs.full(final, kept.microbatch.targets[some])
+        full = self._outs.yardstick(final, kept.microbatch.targets[some])
         if mpu.is_pipeline_last_stage():
             out[1], out[2] = full.entropy, full.target_logprob
         layers, found, cosines = [], [], []
@@ -237,8 +134,8 @@ class ResidualReader(PipelinedModel):
         """`(l, h_{l-1}, A^l, F^l)` of this stage's layers at the rows `some`."""
         stream = torch.empty(0)
         for layer, added in sorted(kept.added.items()):
-            if layer in kept.streams:
-                stream = self._together(kept, kept.streams[layer], some)
+            if layer - 1 in kept.streams:
+                stream = self._together(kept, kept.streams[layer - 1], some)
             attention, ffn = (self._together(kept, rows, some) for rows in added)
             yield layer, stream, attention, ffn
             stream = stream + attention + ffn
@@ -270,17 +167,9 @@ class ResidualReader(PipelinedModel):
         normed = F.rms_norm(x.float(), (x.shape[-1],), None, self.native.layernorm_epsilon)
         return weight * normed.to(x.dtype)
 
-    def _together(self, kept: Kept, rows: Tensor, some: slice) -> Tensor:
-        """Of the micro-batch's rows, of which `rows` are here, `some`. Collective over the
-        tensor-parallel ranks under sequence parallelism.
-        """
-        if not self.native.sequence_parallel:
-            return rows[some]
-        inside = (kept.here >= some.start) & (kept.here < some.stop)
-        out = rows.new_zeros(some.stop - some.start, rows.shape[1])
-        out[kept.here[inside] - some.start] = rows[inside]
-        dist.all_reduce(out, group=parallel.tensor_group())
-        return out
+
+def _final_norm(chunk: Any) -> Tensor:
+    return chunk.decoder.final_layernorm.weight
 
 
 def _norm_of(norm: Any, module: Any) -> Tensor:

@@ -16,7 +16,7 @@ def read(weight: torch.Tensor, vectors: torch.Tensor, shard: VocabShard) -> torc
     """`[4, vectors, tokens]`, the last vector being the full policy's."""
     outs = ReadOuts(weight, shard, vectors=len(vectors), rows=len(vectors) * TOKENS)
     with outs.at_work():
-        full = outs.full(vectors[-1], torch.zeros(TOKENS, dtype=torch.long))
+        full = outs.yardstick(vectors[-1], torch.zeros(TOKENS, dtype=torch.long))
         return outs.whole(outs.read(vectors, full, compared=len(vectors)), full)
 
 
