@@ -12,8 +12,9 @@ the embedding and the layers next to it: those run, but remember nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class DepthRouter:
     def __init__(self) -> None:
         self.policy: Policy = FULL
         self.frozen_layers = 0  # from the bottom up, if the embedding is frozen too
+        self._undo: list[Callable[[], None]] = []
 
     @contextmanager
     def computing(self, policy: Policy) -> Iterator[None]:
@@ -39,6 +41,30 @@ class DepthRouter:
         finally:
             self.policy = before
 
+    def detach(self) -> None:
+        """Give every module its own class back."""
+        while self._undo:
+            self._undo.pop()()
+
+    def route(self, chunks: Sequence[nn.Module]) -> None:
+        """Make `chunks` stop where this router's policy does."""
+        for chunk in chunks:
+            decoder: Any = chunk.decoder
+            for layer in decoder.layers:
+                self._exchange(layer, _routed_layer)
+            if decoder.final_layernorm is not None:
+                self._exchange(decoder.final_layernorm, _routed_norm)
+            self._undo.append(decoder.register_forward_hook(_own_node).remove)
+
+    def _exchange(self, module: nn.Module, routed: Callable[..., type]) -> None:
+        base = type(module)
+        subclass: Any = routed(base, self)
+        subclass.depth_router = self
+        # Whoever looks for modules by the name of their class (LoRA does) shall find them.
+        subclass.__name__, subclass.__qualname__ = base.__name__, base.__qualname__
+        module.__class__ = subclass
+        self._undo.append(partial(setattr, module, "__class__", base))
+
     def skips_layer(self, layer: int) -> bool:
         """Is `layer` (counted from 1) above what the policy reads?"""
         return is_above(self.policy, layer)
@@ -46,6 +72,13 @@ class DepthRouter:
     def skips_final_norm(self) -> bool:
         """The paper reads h_l without the final norm (Eq 5); with it is the ablation of Table 5."""
         return skips_final_norm(self.policy)
+
+
+def is_routed(chunk: Any) -> bool:
+    """Does a router say where `chunk` stops?"""
+    norm = chunk.decoder.final_layernorm
+    parts = [*chunk.decoder.layers, *([norm] if norm is not None else [])]
+    return any(hasattr(type(part), "depth_router") for part in parts)
 
 
 def is_above(policy: Policy, layer: int) -> bool:
@@ -119,14 +152,7 @@ def attach(chunks: Sequence[nn.Module]) -> DepthRouter:
     switch.
     """
     router = DepthRouter()
-    for chunk in chunks:
-        decoder: Any = chunk.decoder
-        for layer in decoder.layers:
-            layer.__class__ = _routed_layer(type(layer), router)
-        if decoder.final_layernorm is not None:
-            norm = decoder.final_layernorm
-            norm.__class__ = _routed_norm(type(norm), router)
-        decoder.register_forward_hook(_own_node)
+    router.route(chunks)
     return router
 
 
