@@ -24,3 +24,12 @@ class RunStopped(RuntimeError):
     """A run that cannot go on through no fault of its settings, e.g. because all servers are gone.
     What it has learned is saved; one line, exit code 1.
     """
+
+
+class Preempted(RunStopped):
+    """A run that was asked to stop, and has saved what it learned; the same command goes on. Exit
+    code `TRY_AGAIN`.
+    """
+
+
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: who started this may start it again

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_bupo import stopping
 from megatron_bupo.algorithm.bupo import FULL, NO_POLICY, Policy
 from megatron_bupo.build import build
 from megatron_bupo.config.schema import Config
@@ -35,30 +36,37 @@ def train(ready: Preflight) -> None:
     there.
     """
     with build(ready) as run:
-        try:
-            for step in range(run.first_step, run.config.steps):
-                run.have_actor_for(run.schedule.policy_at(step), step)
-                train_step(run, step)
-                run.save_if_due(step + 1)
-        except RunStopped:
-            run.save_learned()
-            raise
+        with stopping.heeded():
+            train_steps(run)
         run.finish()
 
 
-def train_step(run: Run, step: int) -> None:
+def train_steps(run: Run) -> None:
+    """All steps that are left; what they have learned is saved, even if the run must stop."""
+    try:
+        for step in range(run.first_step, run.config.steps):
+            stopping.vote()
+            train_step(run, step, run.policy_for(step))
+            run.save_if_due(step + 1)
+    except RunStopped:
+        run.save_learned()
+        raise
+
+
+def train_step(run: Run, step: int, policy: Policy) -> None:
     """One step: `prompts_per_step` prompts, their responses, and `minibatches` updates of one
-    policy.
+    `policy`.
     """
     config, journal, trainer = run.config, run.journal, run.trainer
-    policy = run.schedule.policy_at(step)
     with journal.step(step, policy):
         if step == 0 and config.evaluation.every:
             run.evaluate("eval/initial_")
         if run.schedule.begins_at(step):
             trainer.begin_phase()
         rounds = config.rollout.dynamic_sampling_rounds
-        sampled = sample(step, run.rollouts, run.grader, journal, rounds=rounds)
+        with stopping.allowed():
+            sampled = sample(step, run.rollouts, run.grader, journal, rounds=rounds)
+            stopping.vote()
         groups, grades = sampled.groups, sampled.grades
         batch = learners(pack(groups, run.pad_id), groups, config.algorithm)
         batch, scores = with_logprobs(batch, policy, run)

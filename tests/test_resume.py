@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.runs import Bed, Running, metrics, run, start, start_python
+from tests.runs import Bed, Done, Running, metrics, run, start, start_python
 
 LIMIT_S = 30
 
@@ -241,7 +241,56 @@ def test_a_directory_that_a_run_is_using_is_refused(bed: Bed, finished: Path, tm
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_run_that_is_preempted_saves_what_it_learned_and_goes_on_to_the_same_numbers(
+    bed: Bed, tmp_path: Path, world: int, number: signal.Signals
+):
+    settings = bed.settings(tmp_path, f"parallel.pp={world}", "checkpoint.every=1000")
+    running = start("train", *settings)
+    wait_until(lambda: steps_recorded(tmp_path) == 2, running)
+    os.kill(running.pid, number)
+    done = running.wait(timeout_s=8)
+    steps = steps_recorded(tmp_path)
+    assert steps < 6
+    assert done == Done(75, done.out, f"stopped; the same command goes on at step {steps}\n")
+    done = run("train", *settings)
+    assert done.code == 0, done.err
+    assert steps_trained(done.out) == [*range(steps + 1, 7)]
+    bed.train(undisturbed := tmp_path / "undisturbed", f"parallel.pp={world}")
+    assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_that_is_preempted_stops_all(bed: Bed, finished: Path, tmp_path: Path, rank: int):
+    settings = bed.settings(tmp_path, "checkpoint.every=1000")
+    running = start("train", *settings)
+    wait_until(lambda: steps_recorded(tmp_path) == 1, running)
+    running.ranks()[rank].send_signal(signal.SIGUSR2)
+    assert running.wait(timeout_s=8).code == 75
+    assert 1 <= steps_recorded(tmp_path) < 6
+    assert run("train", *settings).code == 0
+    assert_same_run(tmp_path, finished)
+
+
+def test_a_second_signal_ends_a_run_at_once(bed: Bed, tmp_path: Path):
+    begun = tmp_path / "begun"
+    (tmp_path / "slow.py").write_text(f"""
+import pathlib, time
+def reward(response, answer):
+    pathlib.Path({str(begun)!r}).touch()
+    time.sleep(60)
+""")
+    slow = f"reward.function={tmp_path / 'slow.py'}:reward"
+    running = start("train", *bed.settings(tmp_path, slow, "evaluation.every=0"))
+    wait_until(begun.exists, running)
+    os.kill(running.pid, signal.SIGTERM)
+    time.sleep(0.1)
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.wait(timeout_s=8).code == 143
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_run_that_is_told_to_stop_says_how_to_go_on(
     bed: Bed, tmp_path: Path, world: int, number: signal.Signals, code: int
 ):
@@ -260,7 +309,7 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(
 def test_a_run_that_is_told_to_stop_before_its_first_checkpoint_says_so(bed: Bed, tmp_path: Path):
     running = start("train", *bed.settings(tmp_path, "checkpoint.every=1000"))
     wait_until((tmp_path / "metrics.jsonl").exists, running)
-    os.kill(running.pid, signal.SIGTERM)
+    os.kill(running.pid, signal.SIGINT)
     done = running.wait(timeout_s=8)
     assert done.err == "stopped before the first checkpoint; the same command starts anew\n"
 

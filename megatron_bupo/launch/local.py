@@ -15,20 +15,25 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, NoReturn
 
 from megatron_bupo.errors import InputError, RunStopped
+from megatron_bupo.stopping import SIGNALS
 
 PR_SET_PDEATHSIG = 1
 HOST = "127.0.0.1"
 
 
 class RankFailed(RuntimeError):
-    """A rank raised or died. `str(error)` is its traceback, or how it died."""
+    """A rank raised or died. `str(error)` is its traceback, or how it died, perhaps `by` a
+    signal.
+    """
+
+    by: int | None = None
 
 
 class Terminated(BaseException):
@@ -62,11 +67,12 @@ def run_ranks(function: Callable[..., None], world_size: int, *args: Any) -> Non
     Returns when all ranks have, and leaves none behind.
 
     Raises:
-        InputError: as the rank raised it.
+        InputError, RunStopped: as the rank raised it.
         RankFailed: another error of a rank, of the first that failed: it ends the others.
-        KeyboardInterrupt, Terminated: this process was told to stop.
+        KeyboardInterrupt, Terminated: this process was told to stop. SIGTERM goes to ranks first:
+            those that train stop where it is safe; a second one ends them.
     """
-    if under_torchrun():  # which ends its ranks by SIGTERM, and they had better obey at once
+    if under_torchrun():
         if "TORCHELASTIC_RUN_ID" in os.environ:  # but killed itself leaves them behind
             die_with_parent(os.getppid())
         function(*args)
@@ -112,7 +118,8 @@ def _run_local(function: Callable[..., None], world_size: int, args: tuple[Any, 
         _store = dist.TCPStore(
             HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
-        _wait_for(processes)
+        with _handed_on(list(processes.values())):
+            _wait_for(processes)
     finally:
         for process in processes.values():
             process.kill()
@@ -141,7 +148,9 @@ def _failure(pipe: Any, process: Any) -> Exception | None:
     if code == 0:
         return None
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    return RankFailed(f"{process.name} {how}")
+    failure = RankFailed(f"{process.name} {how}")
+    failure.by = -code if code < 0 else None
+    return failure
 
 
 def _rank_main(
@@ -183,3 +192,28 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _handed_on(ranks: Sequence[Any]) -> Iterator[None]:
+    """The first signal of `stopping.SIGNALS` goes to the `ranks`; then as ever."""
+    asked: list[int] = []
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        if asked:
+            raise Terminated
+        asked.append(number)
+        for rank in ranks:
+            if rank.is_alive():
+                os.kill(rank.pid, number)
+
+    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    try:
+        yield
+    except RankFailed as failure:
+        if failure.by in asked:  # it did not train, and so had nothing to save
+            raise Terminated from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

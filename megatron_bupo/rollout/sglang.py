@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_bupo import collective
+from megatron_bupo import collective, stopping
 from megatron_bupo.config import expand
 from megatron_bupo.hf.tensors import read_index
 from megatron_bupo.rollout.background import BackgroundLoop
@@ -238,13 +238,19 @@ class _Pending:
         """A group per prompt, in order, the same on every rank. Collective."""
         while True:
             outcome = self.engine._from_first(self._next)
-            if not isinstance(outcome, Plan):
+            if isinstance(outcome, Plan):
+                self.engine.catch_up(outcome)
+            elif outcome is not None:
                 self.engine.rest()
                 return outcome
-            self.engine.catch_up(outcome)
+            elif stopping.is_allowed():
+                stopping.vote()
 
-    async def _next(self) -> list[RolloutGroup] | Plan:
-        """The responses, or servers to bring up to date before there are more."""
+    async def _next(self) -> list[RolloutGroup] | Plan | None:
+        """The responses, or servers to bring up to date before there are more; None: neither yet,
+        for a while.
+        """
+        until = time.monotonic() + collective.WAIT_S
         assert self._work is not None
         fleet, work = self.engine.fleet, asyncio.wrap_future(self._work)
         while not work.done():
@@ -252,6 +258,8 @@ class _Pending:
             if fleet.behind:
                 return await open_catch_up(fleet)
             await asyncio.wait({work}, timeout=0.02 if not fleet.usable else 0.2)
+            if time.monotonic() > until:
+                return None
         return work.result()
 
     async def _run(self) -> list[RolloutGroup]:
