@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import multiprocessing
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +33,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what tools share is a module of its own
+
 from megatron_bupo.bed.prepare import BED, make_bed
 from megatron_bupo.build import build
 from megatron_bupo.config import expand, load_config
@@ -40,6 +42,7 @@ from megatron_bupo.mcore import cpu
 from megatron_bupo.mcore.packed import Packing, Split
 from megatron_bupo.preflight import preflight
 from megatron_bupo.train import train_step
+from tools.workers import Worker
 
 DEMO = Path(__file__).parents[1] / "conf" / "demo.yaml"
 NAMES, MODE, PLAIN = "patched names", "function mode", "transformers"
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     make_bed(args.bed)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         workers = {
-            kind: stack.enter_context(Worker(kind, args.bed, Path(folder, str(i))))
+            kind: stack.enter_context(Worker(serve, kind, args.bed, Path(folder, str(i))))
             for i, kind in enumerate((NAMES, MODE, PLAIN))
         }
         rows = compare(workers, args.repeats)
@@ -111,13 +114,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def compare(workers: dict[str, Worker], repeats: int) -> list[dict[str, Any]]:
     """For each thing to do, medians by worker and their ratios to the patched names'."""
-    rows = []
+    rows, can = [], {kind: worker.hear() for kind, worker in workers.items()}
     for what in (*BATCHES, BED_STEP):
-        able = {kind: worker for kind, worker in workers.items() if what in worker.can}
+        able = {kind: worker for kind, worker in workers.items() if what in can[kind]}
         times: dict[str, list[float]] = {kind: [] for kind in able}
         for repeat in range(-2, repeats):  # the first rounds only warm up
             for kind, worker in able.items():
-                ms = worker.time(what)
+                ms = worker.ask(what)
                 if repeat >= 0:
                     times[kind].append(ms)
         ms = {kind: median(found) for kind, found in times.items()}
@@ -126,34 +129,10 @@ def compare(workers: dict[str, Worker], repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-class Worker:
-    """A process that holds the demo's model, runs one kind of shim, and works when asked to."""
-
-    def __init__(self, kind: str, bed: Path, run_dir: Path) -> None:
-        context = multiprocessing.get_context("fork")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=serve, args=(kind, bed, run_dir, theirs), daemon=True
-        )
-        self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> Worker:
-        self.can: list[str] = self._connection.recv()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.join()
-
-    def time(self, what: str) -> float:
-        """Milliseconds to do `what` once."""
-        self._connection.send(what)
-        return self._connection.recv()
-
-
-def serve(kind: str, bed: Path, run_dir: Path, connection: Connection) -> None:
-    """A worker's life."""
+def serve(connection: Connection, kind: str, bed: Path, run_dir: Path) -> None:
+    """A worker's life, with the demo's model and one kind of shim: it says what it can do, and then
+    does that as it is asked to and tells the milliseconds.
+    """
     torch.set_num_threads(1)
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(io.StringIO()))

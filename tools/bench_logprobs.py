@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # what tools share is a modu
 
 from megatron_bupo.mcore.logprobs import VocabShard, chunked_logprobs
 from tools.resident import forget_peak, resident_bytes
+from tools.workers import Worker
 
 VARIANTS = WHOLE, CHUNKED = "materialised", "chunked"
 FORWARD, BOTH = "forward", "forward_backward"
@@ -54,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Let the two take turns, and tell what came out."""
     args = parse(argv)
     with ExitStack() as stack:
-        figures = peaks({k: stack.enter_context(Worker(k, args, sparing=True)) for k in VARIANTS})
+        workers = {k: stack.enter_context(Worker(serve, k, args, True)) for k in VARIANTS}
+        figures = peaks(workers)
     with ExitStack() as stack:
-        workers = {kind: stack.enter_context(Worker(kind, args)) for kind in VARIANTS}
+        workers = {k: stack.enter_context(Worker(serve, k, args, False)) for k in VARIANTS}
         times = medians(workers, args.repeats)
         answers = [torch.tensor(worker.ask(LOGPROBS)["logprobs"]) for worker in workers.values()]
     report: dict[str, Any] = {kind: figures[kind] | times[kind] for kind in VARIANTS}
@@ -121,33 +122,10 @@ def print_report(report: dict[str, Any]) -> None:
     console.print(f"Log-probs differ by {report['largest_difference_nats']:.0e} nats at most.")
 
 
-class Worker:
-    """A process that holds the problem and solves it one way when asked to."""
-
-    def __init__(self, kind: str, args: argparse.Namespace, *, sparing: bool = False) -> None:
-        context = multiprocessing.get_context("fork")
-        self._connection, theirs = context.Pipe()
-        life = (kind, args, sparing, theirs)
-        self._process = context.Process(target=serve, args=life, daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.join()
-
-    def ask(self, what: str) -> dict[str, Any]:
-        """Do `what` once; `ms`, `peak_bytes` and, for LOGPROBS, those."""
-        self._connection.send(what)
-        return self._connection.recv()
-
-
-def serve(kind: str, args: argparse.Namespace, sparing: bool, connection: Connection) -> None:
-    """A worker's life. If `sparing`, malloc gives blocks of 1 MiB and more back as they are freed:
-    what the process holds is then what lives.
+def serve(connection: Connection, kind: str, args: argparse.Namespace, sparing: bool) -> None:
+    """A worker's life: asked for FORWARD, BOTH or LOGPROBS it does that once and tells `ms`,
+    `peak_bytes` and, for LOGPROBS, those. If `sparing`, malloc gives blocks of 1 MiB and more back
+    as they are freed: what the process holds is then what lives.
     """
     if sparing:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)

@@ -5,7 +5,6 @@ machine does meets all of them alike.
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import time
 import warnings
@@ -18,6 +17,7 @@ from statistics import median
 import torch
 
 from tools.resident import forget_peak, resident_bytes
+from tools.workers import Worker
 
 MEASURED = ("s", "cpu_s", "extra_bytes")
 WARM_UP = 2  # rounds before those that are timed; memory is the second's
@@ -72,42 +72,17 @@ def medians_in_turns(
     told: dict[str, list[dict[str, float]]] = {who: [] for who in variants}
     with ExitStack() as stack:
         workers = {
-            who: stack.enter_context(Worker(variant, folder / who))
+            who: stack.enter_context(Worker(serve, variant, folder / who))
             for who, variant in variants.items()
         }
         for i in range(WARM_UP + rounds):
             for who, worker in workers.items():
-                told[who].append(worker.round(map_each=i < WARM_UP))
+                told[who].append(worker.ask(i < WARM_UP))
     return {who: median_of(found) for who, found in told.items()}
 
 
-class Worker:
-    """A process that runs one variant, a round when asked to."""
-
-    def __init__(self, variant: Variant, directory: Path) -> None:
-        context = multiprocessing.get_context("fork")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=serve, args=(variant, directory, theirs), daemon=True
-        )
-        self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.join()
-
-    def round(self, *, map_each: bool) -> dict[str, float]:
-        """What the variant tells of one round, with each tensor mapped by itself or as usual."""
-        self._connection.send(map_each)
-        return self._connection.recv()
-
-
-def serve(variant: Variant, directory: Path, connection: Connection) -> None:
-    """A worker's life."""
+def serve(connection: Connection, variant: Variant, directory: Path) -> None:
+    """A worker's life; it is asked for a round, with each tensor mapped by itself or as usual."""
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, for TRL's sake
     directory.mkdir(parents=True)
     os.chdir(directory)
