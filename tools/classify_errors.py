@@ -40,6 +40,7 @@ from rich.progress import Progress
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the judge is in a module beside
 
+from megatron_bupo.command_line import count
 from megatron_bupo.commands.rollouts import PIPED_WIDTH
 from megatron_bupo.durable import add_lines, drop_torn_line, replace_text, whole_lines
 from megatron_bupo.errors import InputError, RunStopped
@@ -75,25 +76,18 @@ def _arguments() -> argparse.ArgumentParser:
     add("--model", required=True, help="the judge's name there")
     add("--out", required=True, type=Path, metavar="DIR")
     add("--step", default="all", metavar="N,...|last|all", help="of runs (all)")
-    add("--per-step", type=_positive, metavar="N", help="of the failed, drawn by --seed; all")
+    add("--per-step", type=count, metavar="N", help="of the failed, drawn by --seed; all")
     add("--min-reward", type=_finite, default=1.0, help="that a correct response has (1)")
     add("--seed", type=int, default=0)
     add("--api-key-env", metavar="NAME", help="environment variable that holds the key; no key")
-    add("--max-chars", type=_positive, default=40_000, help="of a response; its middle is left out")
-    add("--max-tokens", type=_positive, default=1024, help="of an answer; more if the judge thinks")
+    add("--max-chars", type=count, default=40_000, help="of a response; its middle is left out")
+    add("--max-tokens", type=count, default=1024, help="of an answer; more if the judge thinks")
     add("--body", type=_object, default={}, metavar="JSON", help="more of a request; null: less")
-    add("--concurrency", type=_positive, default=16, metavar="N", help="requests under way (16)")
-    add("--attempts", type=_positive, default=5, metavar="N", help="of each request (5)")
+    add("--concurrency", type=count, default=16, metavar="N", help="requests under way (16)")
+    add("--attempts", type=count, default=5, metavar="N", help="of each request (5)")
     add("--backoff-s", type=_at_least_0, default=1.0, help="before the second, then doubled (1)")
-    add("--timeout-s", type=_positive, default=300, help="for an answer (300)")
+    add("--timeout-s", type=count, default=300, help="for an answer (300)")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
-    return value
 
 
 def _finite(text: str) -> float:
@@ -192,8 +186,8 @@ def _ask(judge: Judge, left: Mapping[str, str], file: Path, replies: dict[str, s
             failures = ask_all(judge, left, answered, known=bool(replies))
         except RunStopped as error:
             return str(error)
-    for reason, count in Counter(failures.values()).most_common(3):
-        CONSOLE.print(f"{count} without an answer: {reason}")
+    for reason, times in Counter(failures.values()).most_common(3):
+        CONSOLE.print(f"{times} without an answer: {reason}")
     return f"{len(failures)} questions have no answer" if failures else None
 
 

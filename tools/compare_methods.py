@@ -31,6 +31,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs, tables, ... are modules beside this one
 
+from megatron_bupo.command_line import count
 from megatron_bupo.config import Config
 from megatron_bupo.config.checks import check
 from megatron_bupo.data.rows import read_rows
@@ -81,21 +82,14 @@ def arguments() -> argparse.ArgumentParser:
     add(
         "--methods", nargs="+", metavar="NAME", help="beside the first, the reference; default: all"
     )
-    add("--seeds", type=positive, default=5, metavar="N", help="seeds 0 to N - 1 (5)")
-    add("--steps", type=positive, metavar="N", help="of each run; default: the config's")
-    add("--jobs", type=positive, default=1, metavar="N", help="runs side by side (1)")
+    add("--seeds", type=count, default=5, metavar="N", help="seeds 0 to N - 1 (5)")
+    add("--steps", type=count, metavar="N", help="of each run; default: the config's")
+    add("--jobs", type=count, default=1, metavar="N", help="runs side by side (1)")
     add("--config", default=str(CONFIG), metavar="FILE", help="what all runs share (%(default)s)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="for all runs; repeatable")
     add("--table", type=Path, default=METHODS, metavar="FILE", help="the methods (%(default)s)")
     add("--report", action="store_true", help="tell of what has ended so far, and run nothing")
     return parser
-
-
-def positive(text: str) -> int:
-    """A number from 1 up."""
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
-    return int(text)
 
 
 def chosen(methods: Mapping[str, Method], names: Sequence[str] | None) -> list[Method]:

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # counting and clustering ar
 
 from megatron_bupo import __version__
 from megatron_bupo.algorithm.planning_tokens import StrategicGrams, words_of
+from megatron_bupo.command_line import count
 from megatron_bupo.data.gram_files import read_clusters, read_grams
 from megatron_bupo.errors import InputError
 from megatron_bupo.record.rollout_files import find_steps
@@ -73,25 +74,18 @@ def _arguments() -> argparse.ArgumentParser:
     )
     add("--work", type=Path, help="where to keep what is done; default: OUT.work")
     add("--min-reward", type=float, default=1.0, help="that a correct solution has (1)")
-    add("--min-solutions", type=_positive, help="that have the n-gram; default: 0.5 %%, at least 5")
+    add("--min-solutions", type=count, help="that have the n-gram; default: 0.5 %%, at least 5")
     add("--max-per-solution", type=float, default=2.0, help="times, on average where it stands (2)")
-    add("--max-grams", type=_positive, default=10_000, help="that are clustered (10000)")
+    add("--max-grams", type=count, default=10_000, help="that are clustered (10000)")
     add("--cluster", choices=("hdbscan", "kmeans"), default="hdbscan")
-    add("--min-cluster-size", type=_positive, default=3, help="n-grams, of hdbscan (3)")
-    add("--clusters", type=_positive, default=100, help="how many, of kmeans (100)")
+    add("--min-cluster-size", type=count, default=3, help="n-grams, of hdbscan (3)")
+    add("--clusters", type=count, default=100, help="how many, of kmeans (100)")
     add("--share", type=float, default=0.2, help="of the clusters that is kept (0.2)")
     add("--model", type=Path, help="directory of another sentence-transformers model")
     add("--placebo", type=Path, metavar="GRAMS", help="draw n-grams to compare those in GRAMS with")
     add("--seed", type=int, default=0, help="of kmeans and --placebo")
     add("--no-examples", action="store_true", help="quote no solutions")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
-    return value
 
 
 def mine(args: argparse.Namespace) -> None:
