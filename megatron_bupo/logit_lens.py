@@ -26,7 +26,7 @@ from megatron_bupo.analysis.present import LENS, read_lens
 from megatron_bupo.commands.analyze import Analysis
 from megatron_bupo.commands.score import GivenResponse
 from megatron_bupo.config import expand
-from megatron_bupo.data.token_texts import Decode, pieces, token_texts
+from megatron_bupo.data.token_texts import Decode, decoder_of, pieces, token_texts
 from megatron_bupo.durable import replace_text
 from megatron_bupo.mcore.logit_lens import Lens, LensReader
 from megatron_bupo.score import as_batch
@@ -64,15 +64,11 @@ def _count(path: Path) -> int | None:
 
 def decoder(analysis: Analysis) -> Decode:
     """What makes text of ids, special tokens too; where there is no tokenizer, their numbers."""
-    from tokenizers import Tokenizer
-
     model = analysis.ready.config.model
-    file = Path(expand(model.tokenizer or model.path)) / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        return decoder_of(Path(expand(model.tokenizer or model.path)))
     except Exception:  # the tokenizers library raises bare Exceptions
         return lambda ids: "".join(f"#{i} " for i in ids)
-    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
 def _content(

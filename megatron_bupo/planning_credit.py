@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from megatron_bupo import collective
@@ -24,7 +22,7 @@ from megatron_bupo.algorithm.planning_tokens import StrategicGrams, inside
 from megatron_bupo.config import Config, expand
 from megatron_bupo.data.gram_files import Cluster, read_clusters, read_grams
 from megatron_bupo.data.packing import pack
-from megatron_bupo.data.token_texts import token_texts
+from megatron_bupo.data.token_texts import decoder_of, token_texts
 from megatron_bupo.engines import noise_seed
 from megatron_bupo.record.measures import planning_measures
 from megatron_bupo.types import Rollout, RolloutGroup, TokenBatch
@@ -48,8 +46,7 @@ class PlanningCredit:
         file = None if path is None else Path(expand(path))
         grams = [] if file is None else read_grams(file)
         clusters = {} if file is None else read_clusters(file)
-        tokenizer = Path(expand(model.tokenizer or model.path)) / "tokenizer.json"
-        decode = partial(Tokenizer.from_file(str(tokenizer)).decode, skip_special_tokens=False)
+        decode = decoder_of(Path(expand(model.tokenizer or model.path)))
         return cls(config, StrategicGrams(grams), clusters, decode)
 
     def is_on(self, step: int, policy: Policy) -> bool:

@@ -15,7 +15,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import chain, cycle, islice
 from pathlib import Path
 
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # what tools share is a modu
 from megatron_bupo.algorithm.planning_measures import Planning, Use, uses
 from megatron_bupo.algorithm.planning_tokens import StrategicGrams, inside
 from megatron_bupo.data.gram_files import read_clusters, read_grams
-from megatron_bupo.data.token_texts import token_texts
+from megatron_bupo.data.token_texts import decoder_of, token_texts
 from megatron_bupo.record.measures import planning_measures
 from tools.mine_strategic_grams import correct_solutions
 
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoded = (tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
     ids = chain.from_iterable(encoded)
     responses = [list(islice(ids, args.response_tokens)) for _ in range(args.responses)]
-    found = measure(responses, partial(tokenizer.decode, skip_special_tokens=False), args.grams)
+    found = measure(responses, decoder_of(args.tokenizer), args.grams)
     Console().print_json(data=found)
     if args.json:
         args.json.write_text(json.dumps(found))

@@ -16,7 +16,7 @@ from rich.text import Text
 from megatron_bupo.algorithm.planning_tokens import StrategicGrams, planning_mask
 from megatron_bupo.config import expand
 from megatron_bupo.data.gram_files import read_grams
-from megatron_bupo.data.token_texts import pieces, token_texts
+from megatron_bupo.data.token_texts import decoder_of, pieces, token_texts
 from megatron_bupo.errors import InputError
 from megatron_bupo.record.rollout_files import (
     FOLDER,
@@ -112,8 +112,6 @@ def pick(
 
 def tokenizer_of(directory: Path, named: str | None) -> Decode:
     """What decodes the ids of the run in `directory`: special tokens too, for all are shown."""
-    from tokenizers import Tokenizer
-
     where = f"--tokenizer {named}"
     if named is None:
         file = run_dir_of(directory) / "config.yaml"
@@ -125,11 +123,10 @@ def tokenizer_of(directory: Path, named: str | None) -> Decode:
             reason = "does not say which tokenizer the run had"
             raise InputError(where, reason, "give --tokenizer DIR") from None
     try:
-        tokenizer = Tokenizer.from_file(str(Path(expand(named)) / "tokenizer.json"))
+        return decoder_of(Path(expand(named)))
     except Exception as error:  # the tokenizers library raises bare Exceptions
         reason = f"{named} has no tokenizer.json that can be read ({error})"
         raise InputError(where, reason, "give --tokenizer DIR") from None
-    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def read_aloud(

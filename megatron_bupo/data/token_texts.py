@@ -8,13 +8,25 @@ each stand for the whole of it, and for the other characters that they have a pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import takewhile
+from pathlib import Path
 
 Decode = Callable[[Sequence[int]], str]  # ids, special tokens too
 Span = tuple[int, int]  # characters [start, end)
 
 _HALF = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no character
 _LONGEST = 8  # tokens until bytes are taken for what they are: no character
+
+
+def decoder_of(folder: Path) -> Decode:
+    """What makes text of ids by the tokenizer.json in `folder`, whose library raises bare
+    Exceptions.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return partial(tokenizer.decode, skip_special_tokens=False)
 
 
 def token_texts(ids: Sequence[int], decode: Decode) -> tuple[str, list[Span]]:
