@@ -9,11 +9,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import nn
 
-from megatron_bupo.algorithm.bupo import InternalLayerPolicy, PhaseSchedule
+from megatron_bupo.algorithm.bupo import InternalLayerPolicy, PhaseSchedule, Policy
 from megatron_bupo.errors import InputError
-from megatron_bupo.mcore.depth import is_routed
+from megatron_bupo.mcore.depth import is_above, is_routed, skips_final_norm
 
 ALWAYS = 0  # the height of what every policy trains: the embedding and the unembedding
+FINAL_NORM = -1  # trained by the full policy, and where a policy reads out with it
 
 # Of TransformerConfig, with the values that do no harm: what runs layers by another way than by
 # calling them one after the other, or reads the model out by another head than the unembedding.
@@ -21,7 +22,6 @@ NEEDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "mtp_num_layers": ((None, 0), "multi-token prediction heads read the last layer"),
     "enable_cuda_graph": ((False,), "a captured graph runs all its layers"),
     "external_cuda_graph": ((False,), "a captured graph runs all its layers"),
-    "cuda_graph_impl": ((None, "none"), "a captured graph runs all its layers"),
     "fp8": ((None, False), "scaling factors of layers that do not run are not kept"),
     "fp4": ((None, False), "scaling factors of layers that do not run are not kept"),
     "cpu_offloading": ((False,), "it counts the layers that run"),
@@ -57,8 +57,9 @@ def check_wrapper(module: nn.Module) -> None:
         raise InputError(name, reason, "use Megatron-Core's DistributedDataParallel")
 
 
-def check_chunk(chunk: GPTModel) -> None:
+def check_chunk(chunk: GPTModel, schedule: PhaseSchedule) -> None:
     """Refuse a model whose internal layers cannot be read out, by the name of what forbids it."""
+    _check_schedule(schedule, int(chunk.config.num_layers))
     config: Any = chunk.config
     if is_routed(chunk):
         reason = "has a controller already, or is an actor of megatron_bupo's own"
@@ -76,7 +77,16 @@ def check_chunk(chunk: GPTModel) -> None:
         )
 
 
-def check_schedule(schedule: PhaseSchedule, layers: int) -> None:
+def check_graphs(chunk: GPTModel) -> None:
+    """Refuse captured graphs, which loops may switch on for sampling and off to train."""
+    config: Any = chunk.config
+    captured = getattr(config, "cuda_graph_impl", "none")
+    if captured not in {None, "none"}:
+        reason = "a captured graph runs all its layers, and an internal policy does not"
+        raise InputError(f"cuda_graph_impl={captured}", reason, "set it to none while training")
+
+
+def _check_schedule(schedule: PhaseSchedule, layers: int) -> None:
     """Refuse stages that no `layers`-deep model has."""
     for policy, _ in schedule.stages:
         if not isinstance(policy, InternalLayerPolicy):
@@ -90,17 +100,23 @@ def check_schedule(schedule: PhaseSchedule, layers: int) -> None:
             )
 
 
+def trains(policy: Policy, height: int) -> bool:
+    """Does `policy` train parameters of that height?"""
+    if height == FINAL_NORM:
+        return not skips_final_norm(policy)
+    return not is_above(policy, height)
+
+
 def heights(chunk: GPTModel) -> Iterator[tuple[nn.Parameter, int]]:
-    """Each parameter of `chunk` with the layer that a policy must reach to train it: `ALWAYS` for
-    the ends, one more than there are layers for the final norm.
+    """Each parameter of `chunk` with its height, the layer that a policy must reach to train it:
+    `ALWAYS` for the ends, `FINAL_NORM` for what is read out with where a policy says so.
     """
     decoder: Any = chunk.decoder
     found = dict.fromkeys(chunk.parameters(), ALWAYS)
     for layer in decoder.layers:
         found |= dict.fromkeys(layer.parameters(), int(layer.layer_number))
     if decoder.final_layernorm is not None:
-        above = int(decoder.config.num_layers) + 1
-        found |= dict.fromkeys(decoder.final_layernorm.parameters(), above)
+        found |= dict.fromkeys(decoder.final_layernorm.parameters(), FINAL_NORM)
     yield from found.items()
 
 

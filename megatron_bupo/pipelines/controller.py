@@ -59,21 +59,21 @@ class _Router(DepthRouter):
 
 
 class PhaseController:
-    """Which policy do the attached models compute and train? Made by `attach`.
+    """Which policy do the attached models compute and train? Made by `attach`, or by an adapter
+    that attaches what its pipeline builds later.
 
     Every rank calls every method with equal arguments. Nothing in here communicates.
     """
 
-    def __init__(self, layers: int, schedule: PhaseSchedule) -> None:
-        chunks.check_schedule(schedule, layers)
-        self.schedule, self.layers = schedule, layers
+    def __init__(self, schedule: PhaseSchedule) -> None:
+        self.schedule = schedule
         self.step: int | None = None  # that was last set
         self._left_before: int | None = None
         self._router = _Router()
         self._chunks: list[GPTModel] = []
         self._wrappers: list[nn.Module] = []
         self._applied: tuple[Policy, int, int] | None = None
-        self._frozen = FrozenSteps(self._heights, self._trains, top=layers + 1)
+        self._frozen = FrozenSteps(self._heights, self._trained_policy)
         self._hooks: list[Any] = [register_module_module_registration_hook(self._see)]
 
     @property
@@ -128,10 +128,12 @@ class PhaseController:
         self._apply()
 
     def extend(self, model_chunks: Sequence[nn.Module]) -> None:
-        """Attach more chunks of the same model, where they are built one by one."""
+        """Attach more chunks of the same model, or another one with as many layers that follows
+        the same phases, as the reference of a KL does.
+        """
         for module in model_chunks:
             chunk, wrappers = chunks.gpt_model(module)
-            chunks.check_chunk(chunk)
+            chunks.check_chunk(chunk, self.schedule)
             self._router.route([chunk])
             self._chunks.append(chunk)
             self._wrappers += wrappers
@@ -161,15 +163,12 @@ class PhaseController:
         """Each attached parameter with the layer that a policy must reach to train it."""
         return {p: height for chunk in self._chunks for p, height in chunks.heights(chunk)}
 
-    def _trains(self, height: int) -> bool:
-        """Does the phase train parameters of that height?"""
+    def _trained_policy(self) -> Policy:
+        """What an optimizer that is about to step this model trains."""
         if self.step is None:
             reason = "a model with internal phases is about to train, but of which step?"
             raise RuntimeError(f"{reason} call controller.set_step(step) first")
-        policy = self.policy
-        if not isinstance(policy, InternalLayerPolicy) or height <= policy.layer:
-            return True
-        return height > self.layers and policy.read_out_norm
+        return self.policy
 
     def _apply(self) -> None:
         """Bring router and buckets into the phase; quick where they are."""
@@ -179,10 +178,10 @@ class PhaseController:
         self._applied, self._router.policy = state, self.policy
         for wrapper in self._wrappers:
             chunks.check_wrapper(wrapper)
-        if self.step is not None:
-            trained = {p for p, height in self._heights().items() if self._trains(height)}
-            for ddp in self._ddps:
-                buckets.train_only(ddp, trained)
+        heights = self._heights().items()
+        trained = {p for p, height in heights if chunks.trains(self.policy, height)}
+        for ddp in self._ddps:
+            buckets.train_only(ddp, trained)
 
     def _see(self, module: nn.Module, _name: str, child: nn.Module | None) -> None:
         """Take note of what is wrapped around the model after it was attached."""
@@ -197,7 +196,8 @@ class PhaseController:
             self._router.serving = InferenceMode.is_active()
         else:
             self._router.serving = kwargs.get("inference_context") is not None
-        if self.is_internal:
+        if self.is_internal and not self._router.serving:
+            chunks.check_graphs(self._chunks[0])
             for ddp in self._ddps:
                 buckets.gather(ddp, unembedding)
 
@@ -213,8 +213,7 @@ def attach(
     modules = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
     if not modules:
         raise InputError("model_chunks=[]", "nothing to attach to", "pass what was built")
-    config: Any = chunks.gpt_model(modules[0])[0].config
-    controller = PhaseController(int(config.num_layers), schedule)
+    controller = PhaseController(schedule)
     try:
         controller.extend(modules)
     except BaseException:

@@ -8,8 +8,8 @@ groups are their owner's again before anybody looks.
 
 Adam divides by 1 - beta^t, where t counts a parameter's own updates. Megatron keeps one t for all,
 so layers that begin to train later would take first steps that are several times too large. How
-many steps each layer has missed is kept in the groups, beside `step`, and so in their owner's
-checkpoints; during a step each parameter's t is what it would be if nobody else were there.
+many steps each internal policy took is kept in the groups, beside `step`, and so in their owner's
+checkpoints; during a step each parameter's t is without those that left it out.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy, Policy
 from megatron_bupo.errors import InputError
+from megatron_bupo.pipelines.chunks import trains
 
-MISSED = "bupo_missed_steps"  # of a parameter group: by height, how many steps left it out
+# Of a parameter group: the steps that each internal policy took, [[layer, read_out_norm, steps]]
+INTERNAL_STEPS = "bupo_internal_steps"
 COPIES = ("HybridDeviceOptimizer",)  # step copies of what they are given, by optimizers inside
 
 
 class FrozenSteps:
-    """While this is attached, optimizers step those of `parameters()` whose height `trains`.
-
-    `parameters()` gives each a height, at most `top`.
+    """While this is attached, optimizers step those of `parameters()`, which have heights, that
+    `policy()` trains.
     """
 
     def __init__(
         self,
         parameters: Callable[[], Mapping[nn.Parameter, int]],
-        trains: Callable[[int], bool],
-        *,
-        top: int,
+        policy: Callable[[], Policy],
     ) -> None:
-        self._parameters, self._trains, self._top = parameters, trains, top
+        self._parameters, self._policy = parameters, policy
         self._heights: Any = weakref.WeakKeyDictionary()  # optimizer -> id of tensor -> height
         # optimizer at work -> its own groups, and the steps it has taken
         self._at_work: Any = weakref.WeakKeyDictionary()
@@ -65,15 +65,15 @@ class FrozenSteps:
         heights = self._heights_in(optimizer)
         if not heights:
             return
-        trains_all, missed = all(map(self._trains, heights.values())), self._missed(optimizer)
-        if trains_all and not any(missed):
+        policy = self._policy()
+        if policy == FULL and not _internal_steps(optimizer):
             return
         if type(optimizer).__name__ in COPIES:
             reason = "steps copies of its parameters, which cannot be left out"
             raise InputError(type(optimizer).__name__, reason, "set optimizer_cpu_offload=False")
         native, steps = optimizer.param_groups, _steps_of(optimizer)
         self._at_work[optimizer] = native, steps
-        optimizer.param_groups = list(self._cohorts(optimizer, heights, missed, steps))
+        optimizer.param_groups = list(_cohorts(optimizer, heights, policy, steps))
 
     def _after(self, optimizer: Any, *_: Any) -> None:
         if optimizer not in self._at_work:
@@ -81,36 +81,15 @@ class FrozenSteps:
         native, steps = self._at_work.pop(optimizer)
         in_groups = any("step" in group for group in (*native, *optimizer.param_groups))
         optimizer.param_groups = native
-        missed = [
-            n + (not self._trains(height)) for height, n in enumerate(self._missed(optimizer))
-        ]
+        internal, policy = _internal_steps(optimizer), self._policy()
+        if isinstance(policy, InternalLayerPolicy):
+            internal[policy] = internal.get(policy, 0) + 1
+        noted = [[p.layer, p.read_out_norm, n] for p, n in internal.items()]
         for group in native:
-            group[MISSED] = missed
+            group[INTERNAL_STEPS] = noted
             if in_groups:
                 group["step"] = steps + 1
             _set_steps(optimizer, group["params"], steps + 1)
-
-    def _missed(self, optimizer: Any) -> list[int]:
-        """By height, how many steps of `optimizer` were left out."""
-        groups = optimizer.param_groups
-        return (groups[0].get(MISSED) if groups else None) or [0] * (self._top + 1)
-
-    def _cohorts(
-        self, optimizer: Any, heights: Mapping[int, int], missed: list[int], steps: int
-    ) -> Iterator[dict[str, Any]]:
-        """The groups of one step: what trains, cut by the steps it has taken; and once, at a rate
-        of zero, what does not, so that it has a state: Megatron's checkpoints demand one.
-        """
-        for group in optimizer.param_groups:
-            cohorts: dict[tuple[bool, int], list[Tensor]] = {}
-            for p in group["params"]:
-                trains, age = self._trains(heights[id(p)]), steps - missed[heights[id(p)]]
-                if trains or not optimizer.state.get(p):
-                    cohorts.setdefault((trains, age), []).append(p)
-            for (trains, age), parameters in cohorts.items():
-                _set_steps(optimizer, parameters, age)
-                rates = {} if trains else {"lr": 0.0, "weight_decay": 0.0}
-                yield {**group, "step": age, **rates, "params": parameters}
 
     def _heights_in(self, optimizer: Any) -> Mapping[int, int]:
         """The height of each tensor that `optimizer` steps, by id; empty if none is of ours."""
@@ -126,6 +105,34 @@ class FrozenSteps:
                 "of the attached model, of which it cannot be told whether they are frozen"
             )
         return ours
+
+
+def _cohorts(
+    optimizer: Any, heights: Mapping[int, int], policy: Policy, steps: int
+) -> Iterator[dict[str, Any]]:
+    """The groups of one step: what trains, cut by the steps it has taken; and once, at a rate of
+    zero, what does not, so that it has a state: Megatron's checkpoints demand one.
+    """
+    internal = _internal_steps(optimizer)
+    missed = {h: sum(n for p, n in internal.items() if not trains(p, h)) for h in heights.values()}
+    for group in optimizer.param_groups:
+        cohorts: dict[tuple[bool, int], list[Tensor]] = {}
+        for p in group["params"]:
+            height = heights[id(p)]
+            learns, age = trains(policy, height), steps - missed[height]
+            if learns or not optimizer.state.get(p):
+                cohorts.setdefault((learns, age), []).append(p)
+        for (learns, age), parameters in cohorts.items():
+            _set_steps(optimizer, parameters, age)
+            rates = {} if learns else {"lr": 0.0, "weight_decay": 0.0}
+            count = {"step": age} if "step" in group else {}
+            yield {**group, **rates, **count, "params": parameters}
+
+
+def _internal_steps(optimizer: Any) -> dict[InternalLayerPolicy, int]:
+    """How many steps of `optimizer` each internal policy took."""
+    noted = [group.get(INTERNAL_STEPS) or [] for group in optimizer.param_groups]
+    return {InternalLayerPolicy(layer, norm): n for layer, norm, n in max(noted, default=[])}
 
 
 def _heights(stepped: list[Tensor], parameters: Mapping[nn.Parameter, int]) -> Mapping[int, int]:
