@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from megatron_bupo import checkpoints
-from megatron_bupo.algorithm.bupo import InternalLayerPolicy, PhaseSchedule
+from megatron_bupo.algorithm.bupo import InternalLayerPolicy, PhaseSchedule, Policy
 from megatron_bupo.config import Config, expand, flatten, to_yaml
 from megatron_bupo.config.checks import doubts
 from megatron_bupo.data.order import PromptStream
 from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.engines import benchmarks, prompt_stream, rollout_engine, sampling_at
+from megatron_bupo.evaluation.asking import Benchmark
+from megatron_bupo.guard import Guard, Watch
 from megatron_bupo.mcore import checkpoint, parallel
 from megatron_bupo.mcore.critic import build_critic
 from megatron_bupo.mcore.phase_actor import plan_actor
 from megatron_bupo.planning_credit import PlanningCredit
 from megatron_bupo.preflight import Preflight
+from megatron_bupo.probe import Probe
+from megatron_bupo.probe_texts import given_texts, sampled_texts
 from megatron_bupo.record.heartbeat import heartbeat
 from megatron_bupo.record.journal import Journal
 from megatron_bupo.record.mismatch import Mismatch
@@ -31,6 +36,9 @@ from megatron_bupo.rewards.grader import Grader
 from megatron_bupo.rollout.ahead import RolloutStream
 from megatron_bupo.rollout.engine import RolloutEngine
 from megatron_bupo.run import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def build(ready: Preflight) -> Run:
@@ -45,7 +53,8 @@ def build(ready: Preflight) -> Run:
         grader = replay or Grader(config.reward, max_response_tokens=most)
         stack.callback(grader.close)
         first_step, path = checkpoints.newest_checkpoint(run_dir) or (0, None)
-        schedule = _schedule(config)
+        guard = Guard(config.bupo.guard, run_dir, Watch.of(path))
+        schedule = _schedule(config).until(guard.watch.left_before)
         plan = plan_actor(schedule.policy_at(first_step), arch, config, ready.layout.world)
         stack.enter_context(parallel.joined(plan.layout, seed=config.seed))
         tokenizer = load_tokenizer(expand(config.model.tokenizer or config.model.path))
@@ -65,6 +74,7 @@ def build(ready: Preflight) -> Run:
         stack.enter_context(journal)
         _tell(journal, ready, path)
         prompts = replay or prompt_stream(config, tokenizer)
+        asked = _benchmarks(config, tokenizer)
         run = Run(
             config=config,
             architecture=arch,
@@ -73,9 +83,19 @@ def build(ready: Preflight) -> Run:
             critic=critic,
             engine=engine,
             grader=grader,
-            rollouts=_rollouts(config, engine, prompts, schedule, first_step),
-            benchmarks=benchmarks(config, tokenizer) if config.evaluation.every else [],
+            rollouts=_rollouts(
+                config,
+                engine,
+                prompts,
+                policy_at=lambda step: run.schedule.policy_at(step),  # noqa: PLW0108 - as above
+                first_step=first_step,
+            ),
+            benchmarks=asked,
             schedule=schedule,
+            probe=_probe(
+                ready, engine, prompts, asked=asked, first_step=first_step, say=journal.say
+            ),
+            guard=guard,
             credit=PlanningCredit.of(config) if config.hicra.enabled else None,
             journal=journal,
             skipped=SkippedUpdates(config.optimizer),
@@ -91,6 +111,7 @@ def build(ready: Preflight) -> Run:
         if path is not None:
             engine.load_weights(trainer.all_weights(), version=config.learned_steps(first_step))
         engine.wait_until_up(journal.say)
+        guard.forget_the_future()
         run.closing = stack.pop_all()
         return run
 
@@ -117,12 +138,13 @@ def _rollouts(
     config: Config,
     engine: RolloutEngine,
     prompts: PromptStream | Replay,
-    schedule: PhaseSchedule,
+    *,
+    policy_at: Callable[[int], Policy],
     first_step: int,
 ) -> RolloutStream:
     def staleness_at(step: int) -> int:
         # Nothing could weigh what is stale where sampler and learner are two policies
-        internal = isinstance(schedule.policy_at(step), InternalLayerPolicy)
+        internal = isinstance(policy_at(step), InternalLayerPolicy)
         return 0 if internal else config.rollout.max_staleness
 
     return RolloutStream(
@@ -134,6 +156,43 @@ def _rollouts(
         staleness_at=staleness_at,
         resting_steps=config.resting_steps,
         recorded=isinstance(prompts, Replay),
+    )
+
+
+def _benchmarks(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Benchmark]:
+    """What is evaluated on, and probes ask first."""
+    probes_ask = config.probe.every and config.probe.responses is None
+    return benchmarks(config, tokenizer) if config.evaluation.every or probes_ask else []
+
+
+def _probe(
+    ready: Preflight,
+    engine: RolloutEngine,
+    prompts: PromptStream | Replay,
+    *,
+    asked: Sequence[Benchmark],
+    first_step: int,
+    say: Callable[[str], None],
+) -> Probe | None:
+    """What is looked at every `probe.every` steps; None: nothing is."""
+    config, arch = ready.config, ready.architecture
+    if not config.probe.every:
+        return None
+    run_dir = Path(expand(config.run_dir))
+    texts = given_texts(config, arch)
+    if texts is None and first_step:
+        texts = sampled_texts(run_dir, arch)
+    first = [prompt for benchmark in asked for prompt in benchmark.prompts]
+    if not first and isinstance(prompts, PromptStream):
+        first = prompts.first(config.probe.prompts)
+    return Probe(
+        config,
+        run_dir,
+        layers=arch.layers,
+        texts=texts,
+        prompts=first[: config.probe.prompts],
+        engine=None if isinstance(engine, Replay) else engine,
+        say=say,
     )
 
 

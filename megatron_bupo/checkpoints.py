@@ -63,9 +63,11 @@ def seal(run_dir: Path, step: int, run: Mapping[str, Any]) -> None:
     work.replace(final)
 
 
-def drop_old(run_dir: Path, *, keep: int) -> None:
-    """Remove all but the `keep` newest whole checkpoints."""
+def drop_old(run_dir: Path, *, keep: int, spared: int | None = None) -> None:
+    """Remove all but the `keep` newest whole checkpoints, and that before step `spared`."""
     for step, path in whole_checkpoints(run_dir)[:-keep]:
+        if step == spared:
+            continue
         half = path.rename(partial_path(run_dir, step))  # a kill now leaves no damaged checkpoint
         shutil.rmtree(half, ignore_errors=True)
 

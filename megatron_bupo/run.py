@@ -16,6 +16,7 @@ from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule, Policy, depth_of
 from megatron_bupo.algorithm.planning_measures import Planning
 from megatron_bupo.config import Config, expand, flatten
 from megatron_bupo.evaluation.asking import Benchmark, Marks, ask, avg_at_k, measures
+from megatron_bupo.guard import Guard
 from megatron_bupo.hf.architecture import DecoderSizes
 from megatron_bupo.hf.tensors import exported_tensors
 from megatron_bupo.hf.writer import write_checkpoint
@@ -24,6 +25,7 @@ from megatron_bupo.mcore.critic import MegatronCritic
 from megatron_bupo.mcore.phase_actor import ActorPlan, plan_actor
 from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.planning_credit import PlanningCredit
+from megatron_bupo.probe import Probe
 from megatron_bupo.record.figure import draw_run
 from megatron_bupo.record.journal import Journal
 from megatron_bupo.record.mismatch import Mismatch
@@ -50,7 +52,9 @@ class Run:
     grader: Grading
     rollouts: RolloutStream
     benchmarks: Sequence[Benchmark]
-    schedule: PhaseSchedule
+    schedule: PhaseSchedule  # what is left of it, see `policy_for`
+    probe: Probe | None
+    guard: Guard
     credit: PlanningCredit | None  # to planning tokens; None: all tokens count alike
     journal: Journal
     skipped: SkippedUpdates
@@ -117,6 +121,37 @@ class Run:
         for warning in warnings:
             self.journal.say(f"warning: {warning}")
 
+    def policy_for(self, step: int) -> Policy:
+        """The policy that `step` trains, with its actor in place. A probe that is due comes before,
+        and if the guard finds it out of bounds, the internal phases end here. Collective.
+        """
+        policy = self.schedule.policy_at(step)
+        self.have_actor_for(policy, step)
+        if self.probe is None or not self.probe.is_due(step):
+            return policy
+        with self.journal.doing("probe"):
+            seen = self.probe.look(self.trainer, step)
+        self.journal.note(seen)
+        reasons = self.guard.judge(step, policy, seen)
+        if reasons is None:
+            return policy
+        left = self.guard.has_left(step)
+        self.journal.note({"guard/tripped": float(left)})
+        self.warn([] if left else reasons)
+        if left or not reasons:
+            self._have_checkpoint(step)
+        if left:
+            self.schedule = self.schedule.until(step)
+            self.have_actor_for(FULL, step)
+            self.journal.say(self.guard.write_down(policy, reasons))
+        return self.schedule.policy_at(step)
+
+    def _have_checkpoint(self, step: int) -> None:
+        """Have the state before `step` on disk. Collective."""
+        newest = checkpoints.newest_checkpoint(self.run_dir)
+        if newest is None or newest[0] != step:
+            self.save(step)
+
     def have_actor_for(self, policy: Policy, step: int) -> None:
         """Have the actor that trains `policy` from `step` on, built anew where the present one is
         another: it then takes over from the checkpoint of `step`. Collective.
@@ -152,12 +187,14 @@ class Run:
     def save(self, step: int) -> None:
         """Write the state before `step`. Collective."""
         last = self.schedule.policy_at(step - 1)
+        trained = depth_of(last, self.architecture.layers) if step else 0
         state = {
             "step": step,
             "config": flatten(self.config),
             "architecture": asdict(self.architecture),
             "critic_architecture": self.critic and asdict(self.critic.arch),
-            "trained_layers": max(self.trained_layers, depth_of(last, self.architecture.layers)),
+            "trained_layers": max(self.trained_layers, trained),
+            "guard": self.guard.state_before(step),
         }
         with self.journal.doing("checkpoint"):
             checkpoint.save(
@@ -166,6 +203,7 @@ class Run:
                 step,
                 state,
                 keep=self.config.checkpoint.keep,
+                spared=self.guard.spared(self.schedule.policy_at(step)),
                 critic=self.critic,
             )
 

@@ -75,6 +75,16 @@ class PhaseSchedule:
         rest = [(NO_POLICY, resting_steps)] if resting_steps else []
         return cls((*rest, *internal))
 
+    def until(self, end: int | None) -> PhaseSchedule:
+        """The same up to step `end`, from which on the full policy trains; None: the same."""
+        if end is None:
+            return self
+        kept, left = [], end
+        for policy, steps in self.stages:
+            kept.append((policy, min(steps, left)))
+            left -= kept[-1][1]
+        return PhaseSchedule(tuple(stage for stage in kept if stage[1]))
+
     def policy_at(self, step: int) -> Policy:
         """The policy that `step` (counted from 0) trains."""
         for policy, steps in self.stages:

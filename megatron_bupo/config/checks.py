@@ -31,8 +31,9 @@ from megatron_bupo.config.parallel_rules import (
     check_parallel,
     check_parallel_against_model,
 )
+from megatron_bupo.config.probe_rules import check_probe, check_probe_against_model
 from megatron_bupo.config.reward_rules import check_reward
-from megatron_bupo.config.rollout_rules import check_rollout
+from megatron_bupo.config.rollout_rules import check_rollout, check_sequences
 from megatron_bupo.config.schema import AUTO, Config
 from megatron_bupo.config.server_rules import check_servers
 from megatron_bupo.config.timeouts import check_timeouts
@@ -86,7 +87,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         checkpoint.every checkpoint.keep
         evaluation.responses_per_prompt evaluation.max_prompts evaluation.max_response_tokens
         evaluation.responses_per_batch evaluation.bootstrap_samples
-        reward.memory_mb reward.processes""",
+        reward.memory_mb reward.processes
+        probe.prompts probe.max_response_tokens probe.layer bupo.guard.patience""",
     ),
     (
         "at least 0",
@@ -97,7 +99,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         critic.optimizer.warmup_steps critic.optimizer.weight_decay
         evaluation.every evaluation.temperature rollout.temperature logging.stall_s
         rollout.max_staleness rollout.dynamic_sampling_rounds servers.restarts
-        debug.mismatch_every""",
+        debug.mismatch_every probe.every""",
     ),
     (
         "greater than 0",
@@ -105,7 +107,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         """reward.timeout_s algorithm.clip_high algorithm.tis_cap
         optimizer.eps optimizer.clip_grad critic.clip_range critic.optimizer.eps
         critic.optimizer.clip_grad rollout.step_budget_s servers.start_timeout_s
-        servers.request_timeout_s servers.batch_timeout_s servers.health_every_s sync.timeout_s""",
+        servers.request_timeout_s servers.batch_timeout_s servers.health_every_s sync.timeout_s
+        bupo.guard.kl_increase_nats bupo.guard.repetition_increase""",
     ),
     (
         "greater than 0 and at most 1",
@@ -117,11 +120,20 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("at least 0", lambda x: x >= 0, "hicra.alpha hicra.from_step"),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "algorithm.gamma algorithm.gae_lambda"),
     ("greater than 1, or null for no dual clip", lambda x: x > 1, "algorithm.dual_clip"),
+    (
+        "greater than 1, or null for no bound",
+        lambda x: x > 1,
+        "bupo.guard.perplexity_ratio bupo.guard.response_tokens_ratio",
+    ),
 )
 
 
-def check(config: Config, world_size: int | None, *, training: bool = True) -> Layout:
-    """All rules that need no files; the layout over `world_size` ranks (None: no torchrun)."""
+def check(
+    config: Config, world_size: int | None, *, training: bool = True, here: bool = True
+) -> Layout:
+    """All rules that need no files; the layout over `world_size` ranks (None: no torchrun). Not
+    `here`: the run is another machine's.
+    """
     _choices_are_known(config)
     _numbers_are_in_range(config)
     check_optimizer(config)
@@ -142,9 +154,10 @@ def check(config: Config, world_size: int | None, *, training: bool = True) -> L
         check_algorithm(config)
         check_rollout(config)
         check_internal_layout(config, layout.world)
+        check_probe(config)
         _minibatches_divide(config)
         _a_microbatch_holds_any_sequence(config)
-        check_servers(config, layout.world)
+        check_servers(config, layout.world, here=here)
     return layout
 
 
@@ -164,7 +177,8 @@ def check_against_model(config: Config, model: ModelSizes, *, training: bool = T
     check_optimizer_against_model(config, model)
     if training:
         check_internal_layout_against_model(config, model)
-        _sequences_fit(config, model)
+        check_probe_against_model(config, model.layers)
+        check_sequences(config, model)
 
 
 def _choices_are_known(config: Config) -> None:
@@ -276,21 +290,3 @@ def _layers_are_internal(config: Config, layers: int) -> None:
         if layer == layers:
             reason = f"is the last layer of a {layers}-layer model, whose policy is the full policy"
         raise InputError(f"{key}={layer}", reason, f"choose 1..{layers - 1}")
-
-
-def _sequences_fit(config: Config, model: ModelSizes) -> None:
-    room, whose = model.max_positions, f"the model's {model.max_positions} positions"
-    if config.rollout.engine == "sglang":  # see rollout/client.py
-        room, whose = room - 2, f"{whose}, of which SGLang keeps 2 free"
-    prompt, asked = config.data.max_prompt_tokens, {"rollout": config.rollout.max_response_tokens}
-    if config.evaluation.every:
-        asked["evaluation"] = config.evaluation.max_response_tokens or 0
-    for section, response in asked.items():
-        if prompt + response > room:
-            raise InputError(
-                f"data.max_prompt_tokens={prompt}, {section}.max_response_tokens={response}",
-                f"together exceed {whose}",
-                f"choose {section}.max_response_tokens={room - prompt}"
-                if prompt < room
-                else f"choose data.max_prompt_tokens < {room}",
-            )

@@ -36,7 +36,7 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
     sources = [] if path is None else _read_with_defaults(Path(expand(path)))
     for where, settings in [*sources, (COMMAND_LINE, _parse_overrides(overrides))]:
         for key, value in settings:
-            _set(merged, key, value, where)
+            _set(merged, _switch(key) if isinstance(value, bool) else key, value, where)
     try:
         for key in sorted(OmegaConf.missing_keys(merged)):
             raise InputError(key, "has no value", f"set it in the YAML file or as {key}=...")
@@ -220,6 +220,11 @@ def _values() -> frozenset[str]:
     """The settings in which a mapping is the value, and not another way to write several."""
     numbers = {key for key, kind in _schema().items() if kind == dict[str, float]}
     return frozenset(_schema().keys() - _optional_sections().keys() - numbers)
+
+
+def _switch(key: str) -> str:
+    """The key that `key=true` means: a section's own is its `enabled`."""
+    return switch if (switch := f"{key}.enabled") in _schema() else key
 
 
 def _set(merged: DictConfig, key: str, value: Any, where: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 
+from megatron_bupo.config.parallel_rules import ModelSizes
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
 
@@ -47,6 +48,33 @@ def doubts(config: Config) -> list[str]:
             "an internal phase sampler and learner are two policies, and no such weight is defined"
         )
     return told
+
+
+def check_sequences(config: Config, model: ModelSizes) -> None:
+    """Prompts and responses, of whatever purpose, are no longer than the model can read."""
+    room, whose = positions(config, model)
+    prompt, asked = config.data.max_prompt_tokens, {"rollout": config.rollout.max_response_tokens}
+    if config.evaluation.every:
+        asked["evaluation"] = config.evaluation.max_response_tokens or 0
+    if config.probe.every:
+        asked["probe"] = config.probe.max_response_tokens or 0
+    for section, response in asked.items():
+        if prompt + response > room:
+            raise InputError(
+                f"data.max_prompt_tokens={prompt}, {section}.max_response_tokens={response}",
+                f"together exceed {whose}",
+                f"choose {section}.max_response_tokens={room - prompt}"
+                if prompt < room
+                else f"choose data.max_prompt_tokens < {room}",
+            )
+
+
+def positions(config: Config, model: ModelSizes) -> tuple[int, str]:
+    """How many tokens a prompt and its response may have together, and in words why."""
+    room = model.max_positions
+    if config.rollout.engine == "sglang":  # see rollout/client.py
+        return room - 2, f"the model's {room} positions, of which SGLang keeps 2 free"
+    return room, f"the model's {room} positions"
 
 
 def _the_engine_can_do_it(config: Config) -> None:

@@ -48,6 +48,12 @@ class PromptStream:
         first = step * self._prompts_per_step
         return [self._at(position) for position in range(first, first + self._prompts_per_step)]
 
+    def first(self, count: int) -> list[Prompt]:
+        """The first prompts that are asked, each once; at most `count`."""
+        size = sum(map(len, self._sources))
+        asked = {p.index: p for p in (self._at(i) for i in range(min(count, size)))}
+        return list(asked.values())
+
     def _at(self, position: int) -> Prompt:
         source, position = self._turns.at(position)
         prompts = self._sources[source]

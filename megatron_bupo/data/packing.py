@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -30,3 +30,16 @@ def pack(groups: Sequence[RolloutGroup], pad_id: int) -> TokenBatch:
         response_mask=response_mask,
         rollout_logprobs=rollout_logprobs,
     )
+
+
+def in_rounds(lengths: Sequence[int], most: int, *, first: int = 0) -> Iterator[slice]:
+    """Responses of `lengths` tokens from number `first` on, in order, as many at a time as have at
+    most so many tokens together; one that has more is alone.
+    """
+    tokens = 0
+    for i in range(first, len(lengths)):
+        tokens += lengths[i]
+        if tokens > most and i > first:
+            yield slice(first, i)
+            first, tokens = i, lengths[i]
+    yield slice(first, len(lengths))

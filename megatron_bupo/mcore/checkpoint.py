@@ -54,10 +54,11 @@ def save(
     run: Mapping[str, Any],
     *,
     keep: int,
+    spared: int | None = None,
     critic: MegatronCritic | None = None,
 ) -> None:
     """Write the state before `step`, with the loop's own plain values `run`; then drop all but
-    `keep`. Collective.
+    the `keep` newest and that before step `spared`. Collective.
     """
     work = checkpoints.partial_path(run_dir, step)
     if dist.get_rank() == 0:
@@ -72,7 +73,7 @@ def save(
     if dist.get_rank() == 0:
         _copy_side_files(trainer, work)
         checkpoints.seal(run_dir, step, run)
-        checkpoints.drop_old(run_dir, keep=keep)
+        checkpoints.drop_old(run_dir, keep=keep, spared=spared)
     dist.barrier()
 
 

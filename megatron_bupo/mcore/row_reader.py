@@ -20,16 +20,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megatron_bupo import progress
 from megatron_bupo.algorithm.bupo import FULL
+from megatron_bupo.config.schema import Config
 from megatron_bupo.mcore import cpu, model, parallel
 from megatron_bupo.mcore.microbatches import Microbatch
 from megatron_bupo.mcore.pipeline import PipelinedModel
 from megatron_bupo.mcore.read_outs import ReadOuts
 from megatron_bupo.types import TokenBatch
 
+# Of each micro-batch some vectors a layer are kept for every response token
+TOKENS_PER_MICROBATCH = 1024
 ROWS = 256  # of logits at a time, at most: products of matrices gain no more beyond
 
 
@@ -163,3 +167,11 @@ def layers_of(pipelined: PipelinedModel) -> dict[int, Any]:
     """Those of this rank, by number from 1."""
     decoders: list[Any] = [chunk.decoder for chunk in pipelined.gpt_chunks]
     return {layer.layer_number: layer for decoder in decoders for layer in decoder.layers}
+
+
+def tokens_at_once(config: Config) -> int:
+    """As many as make about one micro-batch for each pipeline stage and data-parallel rank: what
+    to give a reader at a time.
+    """
+    most = min(config.trainer.max_tokens_per_microbatch, TOKENS_PER_MICROBATCH)
+    return most * config.parallel.pp * mpu.get_data_parallel_world_size()

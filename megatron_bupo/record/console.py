@@ -276,6 +276,7 @@ def _times(record: Mapping[str, Any]) -> str:
             "time/update_s",
         ],
         "sync": ["time/sync_s"],
+        "probe": ["time/probe_s"],
         "checkpoint": ["time/checkpoint_s"],
     }
     sums = {name: sum(record.get(key, 0.0) for key in keys) for name, keys in parts.items()}

@@ -20,6 +20,7 @@ from megatron_bupo.record.rollout_files import Learned, write_rollouts
 from megatron_bupo.types import Grade, RolloutGroup
 
 ACTIVITIES = {  # name in time/..._s: what the display says
+    "probe": "probing",
     "generate": "generating responses",
     "grade": "grading",
     "old_logprobs": "old log-probs",
