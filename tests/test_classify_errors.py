@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from matplotlib.image import imread
 
 from megatron_bupo.record.rollout_files import write_rollouts
 from megatron_bupo.types import Grade, Prompt, RolloutGroup
+from tests.http_server import Posted, Reply, serving
 from tests.record.dumps import rollout
 from tools.classify_errors import main
 from tools.error_judge import choice_of
@@ -29,45 +28,29 @@ ONCE = {"busy", "crash", "garbage", "hang up", "slow", "no choices"}  # then the
 asked: Counter[str] = Counter()
 
 
-class Server(BaseHTTPRequestHandler):
-    """An endpoint that does what the response that it is to judge says."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        [word] = re.findall(r"# Response.*\n(.*)\n\n# Choices", body["messages"][0]["content"])
-        asked[word] += 1
-        fails = word not in ONCE or asked[word] == 1
-        status = {"busy": 429, "crash": 500, "long": 400, "stranger": 401}.get(word, 200)
-        if word == "slow" and fails:
-            time.sleep(1.5)
-        if word == "hang up" and fails:
-            self.close_connection = True
-            return
-        if word == "key" and self.headers.get("Authorization") != "Bearer k3y":
-            status = 401
-        text = "They went astray.\n**Verdict: " + ANSWERS.get(word, "?") + "**"
-        reply = {"choices": [{"message": {"role": "assistant", "content": text}}]}
-        if word == "no choices" and fails:
-            reply = {"choices": []}
-        said = b"<html>" if word == "garbage" and fails else json.dumps(reply).encode()
-        self.send_response(status if fails else 200)
-        self.send_header("Content-Length", str(len(said)))
-        self.end_headers()
-        self.wfile.write(said)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Say nothing."""
+def judged(posted: Posted) -> Reply | None:
+    """What the response that is to be judged says."""
+    [word] = re.findall(r"# Response.*\n(.*)\n\n# Choices", posted.body["messages"][0]["content"])
+    asked[word] += 1
+    fails = word not in ONCE or asked[word] == 1
+    status = {"busy": 429, "crash": 500, "long": 400, "stranger": 401}.get(word, 200)
+    if word == "slow" and fails:
+        time.sleep(1.5)
+    if word == "hang up" and fails:
+        return None
+    if word == "key" and posted.headers.get("Authorization") != "Bearer k3y":
+        status = 401
+    text = "They went astray.\n**Verdict: " + ANSWERS.get(word, "?") + "**"
+    reply: Any = {"choices": [{"message": {"role": "assistant", "content": text}}]}
+    if word == "no choices" and fails:
+        reply = {"choices": []}
+    return Reply(b"<html>" if word == "garbage" and fails else reply, status if fails else 200)
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.handle_error = lambda *_: None  # clients that gave up on an answer
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
+    with serving(judged) as address:
+        yield f"{address}/v1"
 
 
 @pytest.fixture(autouse=True)
@@ -149,8 +132,8 @@ def test_a_judge_that_refuses_or_is_gone_ends_it_in_a_line(
     assert classify(server, out, run, "--concurrency=1") == 2
     assert "refuses: HTTP 401" in capsys.readouterr().err
     assert not asked["plan"]
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as closed:
-        address = f"http://127.0.0.1:{closed.server_port}/v1"
+    with serving(judged) as closed:
+        address = f"{closed}/v1"
     gone = dump(tmp_path / "gone", {step: ["plan", "slip"] for step in range(9)})
     assert classify(address, tmp_path / "none", gone, "--attempts=2") == 1
     assert "without an answer" in capsys.readouterr().err

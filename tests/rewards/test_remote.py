@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import json
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -14,62 +11,45 @@ from megatron_bupo.config.schema import RewardConfig, RewardTermConfig
 from megatron_bupo.errors import RunStopped
 from megatron_bupo.rewards.grader import Grader
 from megatron_bupo.types import Prompt, Rollout, RolloutGroup
+from tests.http_server import Posted, Reply, serving
 
 seen: Counter[str] = Counter()
 
 
-class Judge(BaseHTTPRequestHandler):
-    """Does what the response says; a list in, a list out."""
+def grade(posted: Posted) -> Reply | None:
+    """What the response says; a list in, a list out."""
+    rows, key = posted.body, posted.headers.get("Authorization")
+    if isinstance(rows, dict):
+        return one(rows, key)
+    replies = [one(row, key) for row in (rows[:-1] if posted.path == "/short" else rows)]
+    return Reply([reply and reply.body for reply in replies])
 
-    protocol_version = "HTTP/1.1"
 
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        said = [self.one(row) for row in asked] if isinstance(asked, list) else self.one(asked)
-        if isinstance(asked, list) and self.path == "/short":
-            said = said[:-1]
-        if self.close_connection:
-            return
-        body = said if isinstance(said, bytes) else json.dumps(said).encode()
-        self.send_response(self.status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def one(self, row: dict[str, Any]) -> Any:
-        self.status, word = 200, row["response"]
-        seen[word] += 1
-        if word == "500" or (word == "busy" and seen[word] < 3):
-            self.status = 500 if word == "500" else 429
-        if word == "404":
-            self.status = 404
-        if word == "hang up":
-            self.close_connection = True
-        if word == "slow":
-            time.sleep(1.0)
-        known = {
-            "garbage": b"<html>",
-            "null": None,
-            "text": "1.0",
-            "nan": float("nan"),
-            "big": 10**400,
-            "object": {"reward": 0.5},
-            "row": float(row["row"]["n"]),
-            "key": float(self.headers.get("Authorization") == "Bearer k3y"),
-        }
-        return known.get(word, float(word == row["answer"]))
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Say nothing."""
+def one(row: dict[str, Any], key: str | None) -> Reply | None:
+    word = row["response"]
+    seen[word] += 1
+    if word == "hang up":
+        return None
+    if word == "slow":
+        time.sleep(1.0)
+    known = {
+        "garbage": b"<html>",
+        "null": None,
+        "text": "1.0",
+        "nan": float("nan"),
+        "big": 10**400,
+        "object": {"reward": 0.5},
+        "row": float(row["row"]["n"]),
+        "key": float(key == "Bearer k3y"),
+    }
+    status = {"500": 500, "404": 404, "busy": 429 if seen[word] < 3 else 200}.get(word, 200)
+    return Reply(known.get(word, float(word == row["answer"])), status)
 
 
 @pytest.fixture(scope="module")
 def judge() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    server.handle_error = lambda *_: None  # clients that gave up on an answer
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with serving(grade) as address:
+        yield address
 
 
 def group(*responses: str) -> RolloutGroup:
@@ -81,7 +61,8 @@ def group(*responses: str) -> RolloutGroup:
 
 def graded(url: str, *responses: str, **options: Any) -> list[tuple[float, str]]:
     options = {"backoff_s": 0.01, "attempts": 3} | options
-    grader = Grader(RewardConfig(url, options, timeout_s=0.3))
+    # Short only where it is waited for: this machine may be busy
+    grader = Grader(RewardConfig(url, options, timeout_s=0.3 if "slow" in responses else 10.0))
     try:
         return [(g.reward, g.warning or "") for g in grader.grade([group(*responses)])[0]]
     finally:
