@@ -67,7 +67,10 @@ setup(
     package_data={
         "megatron_bupo.analysis": ["*.html"],
         "megatron_bupo.evaluation": ["*.yaml"],
+        "megatron_bupo.pages": ["*.css", "*.js"],
         "megatron_bupo.record": ["*.html"],
+        "megatron_bupo.planner": ["*.yaml", "models/*/config.json"],
+        "megatron_bupo.record.report": ["*.html"],
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -8,6 +8,7 @@ from functools import partial
 from megatron_bupo import __version__
 from megatron_bupo.command_line import Parser, add_overrides, count
 from megatron_bupo.convert_arguments import add_convert
+from megatron_bupo.plan_arguments import add_doctor, add_plan
 
 
 def parser() -> Parser:
@@ -25,7 +26,10 @@ def parser() -> Parser:
     _add_score(commands)
     _add_analyze(commands)
     _add_rollouts(commands)
+    _add_report(commands)
     add_convert(commands)
+    add_plan(commands)
+    add_doctor(commands)
     _add_bed(commands)
     return parser
 
@@ -164,6 +168,28 @@ def _add_rollouts(commands: argparse._SubParsersAction[Parser]) -> None:
         "--strategic-grams", metavar="FILE", help="mark planning tokens: as hicra.grams"
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="default: that of the run")
+
+
+def _add_report(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="one run or several side by side, as a page and figures",
+        description="Write report.html and figures/*.png of what runs have logged so far, finished "
+        "or not: what they are and differ in, results, curves with their phases, probes, the split "
+        "of time, and any metric.",
+        epilog="example: megatron-bupo report runs/bupo-* runs/grpo-* --group-seeds",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run_dir")
+    parser.add_argument(
+        "--out", metavar="DIR", help="default: RUN/report; of several, beside the first"
+    )
+    parser.add_argument("--names", metavar="A,B,...", help="what to call them, in order")
+    parser.add_argument(
+        "--group-seeds",
+        action="store_true",
+        help="draw runs that differ only by their seed as a mean with its 95 %% interval",
+    )
 
 
 def _add_bed(commands: argparse._SubParsersAction[Parser]) -> None:

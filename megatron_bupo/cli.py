@@ -24,7 +24,10 @@ COMMANDS = {  # name -> module with `run(args)`, imported when it is the one tha
     "score": "megatron_bupo.commands.score",
     "analyze": "megatron_bupo.commands.analyze",
     "rollouts": "megatron_bupo.commands.rollouts",
+    "report": "megatron_bupo.commands.report",
     "convert": "megatron_bupo.commands.convert",
+    "plan": "megatron_bupo.commands.plan",
+    "doctor": "megatron_bupo.commands.doctor",
     "bed": "megatron_bupo.commands.bed",
 }
 

@@ -64,8 +64,8 @@ _REASONS: dict[str, tuple[str, str]] = {
 }
 
 
-def check_servers(config: Config, world: int) -> None:
-    """All rules about servers, for a trainer of `world` ranks."""
+def check_servers(config: Config, world: int, *, here: bool = True) -> None:
+    """All rules about servers, for a trainer of `world` ranks; `here`: of this machine too."""
     if config.rollout.engine != "sglang" or config.debug.replay is not None:
         return
     _servers_share_gpus_by_turns(config)
@@ -73,7 +73,10 @@ def check_servers(config: Config, world: int) -> None:
     if not config.servers.addresses:
         _refuse_owned_options(config.sglang)
     _weights_can_travel(config, world)
-    _python_has_what_we_start(config)
+    if here and config.sync.mode == "disk":
+        _directory_can_be_made(config)
+    if here:
+        _python_has_what_we_start(config)
 
 
 def doubts(config: Config) -> list[str]:
@@ -173,8 +176,6 @@ def _servers_share_gpus_by_turns(config: Config) -> None:
 
 def _weights_can_travel(config: Config, world: int) -> None:
     mode, servers = config.sync.mode, config.servers
-    if mode == "disk":
-        _directory_can_be_made(config)
     if mode != "ipc":
         return
     if servers.addresses:

@@ -122,6 +122,8 @@ def test_other_methods_differ_from_grpo_in_their_advantage_alone(run: Run):
     for method, advantage in ADVANTAGES.items():
         other = flatten(recipe(method, run))
         own = {"run_dir": f"runs/{method}_{run.name}", "algorithm.advantage": advantage}
+        if method == "ppo" and run.name.endswith("8b"):  # two models, beside servers on 80 GB
+            own |= {"parallel.tp": 4, "sglang.mem_fraction_static": 0.3}
         assert other == grpo | own
         assert method != "ppo" or {key: other[key] for key in TABLE_8_PPO} == TABLE_8_PPO
 
@@ -141,7 +143,8 @@ def test_layer_aware_baselines_differ_from_grpo_in_the_rates_of_layers_alone(run
 
 def test_every_recipe_of_the_paper_is_known_here():
     """No file is left out of these tests."""
-    names = {path.stem for path in CONF.glob("*.yaml") if "paper/" in path.read_text()}
+    texts = {path.stem: path.read_text() for path in CONF.glob("*.yaml")}
+    names = {n for n, text in texts.items() if "paper/" in text and "large/" not in text}
     assert names == {f"{method}_{run.name}" for method, run in RECIPES}
 
 
@@ -153,7 +156,7 @@ def test_it_would_start_on_one_node_of_eight(
 ):
     monkeypatch.setenv("PYTHONPATH", str(FAKE))  # in place of the SGLang that it would start
     config = recipe(method, run)
-    assert check(config, 8).dp == 4
+    assert check(config, 8).dp == 8 // config.parallel.tp
     sizes = DecoderSizes(
         family="",
         layers=run.layers,
