@@ -52,27 +52,43 @@ def panels(
     """A figure of `size` inches with empty axes over the run's steps, its phases marked in each and
     named above the uppermost.
     """
+    figure, every = empty_panels(rows=rows, columns=columns, size=size)
+    over_steps(every[0], records[0]["step"], records[-1]["step"] + 1)
+    for axes in every:
+        mark_phases(axes, records)
+    for axes in every[:columns]:
+        name_phases(axes, records)
+    for axes in every[-columns:]:
+        axes.set_xlabel("steps trained")
+    return figure, every
+
+
+def empty_panels(
+    *, rows: int, columns: int, size: tuple[float, float], shared: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `size` inches with empty axes in the look of all our figures; `shared`: of one
+    horizontal axis.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     # A Figure of its own, not pyplot's: no global state, no display, nothing to close.
     figure = Figure(figsize=size, layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
-    every: list[Axes] = list(grid.flat)
+    every: list[Axes] = list(figure.subplots(rows, columns, sharex=shared, squeeze=False).flat)
     for axes in every:
-        _mark_phases(axes, records)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
         axes.set_axisbelow(True)
-    for axes in grid[0]:
-        _name_phases(axes, records)
-    for axes in grid[-1]:
-        axes.set_xlabel("steps trained")
-    every[0].set_xlim(records[0]["step"], records[-1]["step"] + 1)
-    every[0].xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     return figure, every
+
+
+def over_steps(axes: Axes, first: int, end: int) -> None:
+    """Let the horizontal axis count steps from `first` to `end`."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(first, end)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def _draw_reward(axes: Axes, records: Sequence[Record]) -> None:
@@ -81,7 +97,7 @@ def _draw_reward(axes: Axes, records: Sequence[Record]) -> None:
     window = min(10, max(1, len(records) // 12))
     if window > 1:
         label = f"reward, mean of {window} steps"
-        axes.plot(steps, _trailing_mean(reward, window), color="#4a5560", linewidth=2, label=label)
+        axes.plot(steps, trailing_mean(reward, window), color="#4a5560", linewidth=2, label=label)
     measured = [
         (record["step"] + after, record[key])
         for record in records
@@ -113,7 +129,7 @@ def _draw_entropy(axes: Axes, records: Sequence[Record]) -> None:
     axes.plot(steps, full, color=FULL, linewidth=1.8, marker=marker(steps), label="full policy")
     highest = 0.0
     label = "internal layer policy of the phase"
-    for _, phase in _phases(records):
+    for _, phase in phases(records):
         at, internal = series(phase, "entropy/internal_nats")
         if any(math.isfinite(value) for value in internal):
             axes.plot(at, internal, color=INTERNAL, linewidth=1.8, marker=marker(at), label=label)
@@ -128,9 +144,9 @@ def _draw_entropy(axes: Axes, records: Sequence[Record]) -> None:
     axes.legend(loc="upper right", frameon=False, fontsize=9)
 
 
-def _mark_phases(axes: Axes, records: Sequence[Record]) -> None:
+def mark_phases(axes: Axes, records: Sequence[Record]) -> None:
     """A shade behind every internal phase and a dashed line at every switch."""
-    for number, (_, phase) in enumerate(_phases(records)):
+    for number, (_, phase) in enumerate(phases(records)):
         first, end = phase[0]["step"], phase[-1]["step"] + 1
         if internal_layer(phase[0]) is not None:
             axes.axvspan(first, end, color=SHADES[number % len(SHADES)], linewidth=0, zorder=0)
@@ -138,22 +154,33 @@ def _mark_phases(axes: Axes, records: Sequence[Record]) -> None:
             axes.axvline(first, color="#6b7280", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
 
 
-def _name_phases(axes: Axes, records: Sequence[Record]) -> None:
-    """The name of each phase above its beginning, in two rows where a phase is narrower than it."""
-    phases = _phases(records)
-    crowded = any(len(phase) < 0.16 * len(records) for _, phase in phases)
-    for number, (policy, phase) in enumerate(phases):
+def name_phases(
+    axes: Axes, records: Sequence[Record], *, width: float = 0.16, size: float = 10
+) -> None:
+    """The name of each phase above its beginning, in two rows where it would run into the one
+    before; one without room in either is left out. `width`: of a name, as a share of the axis;
+    `size`: in points.
+    """
+    first, end = axes.get_xlim()
+    taken = [-1.0, -1.0]  # where each row is free again
+    for policy, phase in phases(records):
+        start = (phase[0]["step"] - first) / (end - first)
+        row = next((row for row in (0, 1) if taken[row] <= start < 1), None)
+        if row is None:
+            continue
+        taken[row] = start + width
         axes.annotate(
             "full policy" if policy == "full" else policy,
             (phase[0]["step"], 1),
             xycoords=("data", "axes fraction"),
-            xytext=(0, 19 if crowded and number % 2 else 5),
+            xytext=(0, 5 + 1.4 * size * row),
             textcoords="offset points",
             color=FULL if internal_layer(phase[0]) is None else INTERNAL,
+            fontsize=size,
         )
 
 
-def _phases(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+def phases(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     """Consecutive steps that trained one policy, with its name."""
     return [(policy, list(steps)) for policy, steps in groupby(records, lambda r: r["policy"])]
 
@@ -163,7 +190,7 @@ def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]
     return [r["step"] for r in records], [r.get(key, math.nan) for r in records]
 
 
-def _trailing_mean(values: Sequence[float], window: int) -> list[float]:
+def trailing_mean(values: Sequence[float], window: int) -> list[float]:
     """Each value's mean with the up to `window` - 1 before it; NaN leaves no gap behind it."""
     spans = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
     finite = [[value for value in span if math.isfinite(value)] for span in spans]

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+METHODS = {  # by `algorithm.advantage`
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "rloo": "RLOO",
+    "reinforce_plus_plus": "REINFORCE++",
+    "reinforce_plus_plus_baseline": "REINFORCE++ with a baseline",
+    "gae": "PPO",
+}
 ENDS = 5  # steps that stand for the beginning and the end of the run
 FULL_NATS, INTERNAL_NATS = "entropy/full_nats", "entropy/internal_nats"
 AVG_AT_K = re.compile(r"eval/(?!initial_)(.+)_avg_at_\d+")  # of a benchmark; its name
@@ -75,14 +83,7 @@ def plain_command(command: Sequence[str], run_dir: str | Path, config: Config) -
 
 
 def _method(config: Config) -> str:
-    return {
-        "grpo": "GRPO",
-        "dr_grpo": "Dr. GRPO",
-        "rloo": "RLOO",
-        "reinforce_plus_plus": "REINFORCE++",
-        "reinforce_plus_plus_baseline": "REINFORCE++ with a baseline",
-        "gae": "PPO",
-    }[config.algorithm.advantage]
+    return METHODS[config.algorithm.advantage]
 
 
 def _what_ran(records: Sequence[Record], config: Config, world_size: int | None) -> str:

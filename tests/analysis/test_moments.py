@@ -6,7 +6,8 @@ from statistics import NormalDist, fmean, stdev
 import numpy as np
 import pytest
 
-from megatron_bupo.analysis.moments import Moments, pooled, student_quantile
+from megatron_bupo.analysis.moments import Moments, pooled
+from megatron_bupo.intervals import student_quantile
 
 LENGTHS = [3, 1, 7, 2]
 

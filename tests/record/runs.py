@@ -48,3 +48,27 @@ def write(run_dir: Path, of: Sequence[dict[str, Any]]) -> Path:
     run_dir.mkdir(exist_ok=True)
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in of))
     return run_dir
+
+
+def probed(of: Sequence[dict[str, Any]], *, every: int, layer: int, layers: int) -> None:
+    """Add to `of` what probes of internal layer `layer` of `layers` would find: cosines with later
+    layers that fall with distance and rise with the steps, and a policy that drifts.
+    """
+    for record in of[::every]:
+        trained = record["step"] / len(of)
+        record |= {
+            "probe/layer": float(layer),
+            "probe/perplexity": 2.0 + trained,
+            "probe/full_entropy_nats": 0.5 - 0.2 * trained,
+            "probe/internal_entropy_nats": 1.5 - 0.5 * trained,
+            "probe/kl_internal_to_full_nats": 3.0 - trained,
+            "probe/kl_full_to_internal_nats": 4.0 - trained,
+            "probe/layer_entropy_change_nats": 0.1 - 0.2 * trained,
+            "probe/response_tokens_mean": 900.0,
+            "probe/truncated_fraction": 0.1,
+            "probe/repetition_fraction": 0.05 + 0.1 * trained,
+        }
+        for later in range(layer + 1, layers + 1):
+            away = (later - layer) / layers
+            record[f"probe/cosine_to_layer_{later:02d}"] = 1 - away * (1 - 0.5 * trained)
+            record[f"probe/kl_to_layer_{later:02d}_nats"] = 5 * away * (1 + trained)
