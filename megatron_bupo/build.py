@@ -20,6 +20,7 @@ from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.engines import benchmarks, prompt_stream, rollout_engine, sampling_at
 from megatron_bupo.evaluation.asking import Benchmark
 from megatron_bupo.guard import Guard, Watch
+from megatron_bupo.launch.local import is_first_rank
 from megatron_bupo.mcore import checkpoint, parallel
 from megatron_bupo.mcore.critic import build_critic
 from megatron_bupo.mcore.phase_actor import plan_actor
@@ -53,7 +54,7 @@ def build(ready: Preflight) -> Run:
         grader = replay or Grader(config.reward, max_response_tokens=most)
         stack.callback(grader.close)
         first_step, path = checkpoints.newest_checkpoint(run_dir) or (0, None)
-        guard = Guard(config.bupo.guard, run_dir, Watch.of(path))
+        guard = Guard(config.bupo.guard, run_dir, Watch.of(path), writes=is_first_rank())
         schedule = _schedule(config).until(guard.watch.left_before)
         plan = plan_actor(schedule.policy_at(first_step), arch, config, ready.layout.world)
         stack.enter_context(parallel.joined(plan.layout, seed=config.seed))

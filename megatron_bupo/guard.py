@@ -16,9 +16,9 @@ from typing import Any
 
 from megatron_bupo.algorithm.bupo import InternalLayerPolicy, Policy
 from megatron_bupo.checkpoints import checkpoint_dir, read_run
-from megatron_bupo.collective import is_first
 from megatron_bupo.config.schema import GuardConfig
 from megatron_bupo.durable import replace_text
+from megatron_bupo.errors import InputError
 
 FILE = "guard.json"
 
@@ -87,11 +87,27 @@ class Watch:
         return replace(self, crossings=count, left_before=left_before), reasons
 
 
-class Guard:
-    """The guard of a run: what it remembers, and what it does about it."""
+def check_baseline(guard: GuardConfig, watch: Watch, path: Path) -> None:
+    """A run that goes on from the checkpoint at `path` knows what it was like before training."""
+    for name in bounds_of(guard) if guard.enabled else ():
+        metric, _ = METRICS[name]
+        if metric not in watch.baseline:
+            raise InputError(
+                f"bupo.guard.{name}={getattr(guard, name):g}",
+                f"{path} is of a run that did not look at {metric} before its first step",
+                "set it to null, or bupo.guard=false, or choose another run_dir",
+            )
 
-    def __init__(self, config: GuardConfig, run_dir: Path, watch: Watch) -> None:
-        self.config, self.watch = config, watch
+
+class Guard:
+    """The guard of a run: what it remembers, and what it does about it. Every rank has one, only
+    the first rank's `writes`.
+    """
+
+    def __init__(
+        self, config: GuardConfig, run_dir: Path, watch: Watch, *, writes: bool = True
+    ) -> None:
+        self.config, self.watch, self._writes = config, watch, writes
         self._path = run_dir / FILE
         self._looked = -1, watch  # the step of the last probe, and what was known before it
 
@@ -137,7 +153,7 @@ class Guard:
             "bounds": bounds_of(self.config) | {"patience": self.config.patience},
             "checkpoint": None if path is None else str(path),
         }
-        if is_first():
+        if self._writes:
             replace_text(self._path, json.dumps(left, indent=2) + "\n")
         kept = "" if path is None else f"; {path} is of before"
         return (
@@ -147,5 +163,5 @@ class Guard:
 
     def forget_the_future(self) -> None:
         """What stands in run_dir of a guard that came to act after where this run goes on, goes."""
-        if self.watch.left_before is None and is_first():
+        if self.watch.left_before is None and self._writes:
             self._path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from megatron_bupo.algorithm.bupo import PhaseSchedule, depth_of
+from megatron_bupo.algorithm.bupo import FULL, PhaseSchedule, depth_of
 from megatron_bupo.checkpoints import newest_checkpoint, read_run
 from megatron_bupo.config import expand, flatten
 from megatron_bupo.config.checks import check, check_against_model
@@ -24,6 +24,7 @@ from megatron_bupo.config.critic_rules import check_critic_against_model, refuse
 from megatron_bupo.config.layout import Layout
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
+from megatron_bupo.guard import Watch, check_baseline
 from megatron_bupo.hf.architecture import (
     Architecture,
     DecoderSizes,
@@ -67,6 +68,7 @@ def preflight(config: Config, world_size: int | None) -> Preflight:
 
 def check_files(config: Config) -> DecoderSizes:
     """The model, its tokenizer and the reward function exist and fit; without torch."""
+    from megatron_bupo.probe_texts import given_texts
     from megatron_bupo.rewards.terms import check_terms
 
     architecture = check_model(config)
@@ -76,6 +78,7 @@ def check_files(config: Config) -> DecoderSizes:
         read_grams(Path(expand(config.hicra.grams)))
     if config.debug.replay is None:
         check_terms(config.reward, config.rollout.max_response_tokens)
+    given_texts(config, architecture)
     return architecture
 
 
@@ -194,7 +197,11 @@ def check_resumption(
                 f"is a model with {name}={now}, but {path} is of one with {name}={was}",
                 "name the model that the run began with, or choose another run_dir",
             )
-    policy = PhaseSchedule.of(config.bupo.phases()).policy_at(step)
+    watch, resting = Watch.of(path), config.resting_steps
+    phases = PhaseSchedule.of(config.bupo.phases(), resting_steps=resting).until(watch.left_before)
+    policy = phases.policy_at(step)
+    if step and policy != FULL:
+        check_baseline(config.bupo.guard, watch, path)
     if config.bupo.internal_layout is not None and (
         depth_of(policy, architecture.layers) < before["trained_layers"]
     ):

@@ -71,5 +71,5 @@ def sampled_texts(run_dir: Path, architecture: DecoderSizes) -> ProbeTexts | Non
     if not path.exists():
         return None
     rows = read_responses(path, architecture)
-    numbers = [json.loads(line)["prompt_index"] for line in whole_lines(path)]
+    numbers = [json.loads(line).get("prompt_index", 0) for line in whole_lines(path) if line]
     return ProbeTexts.of(rows, numbers)  # which their noise hangs on

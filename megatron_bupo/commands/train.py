@@ -149,6 +149,7 @@ def _phases(config: Config) -> Iterator[str]:
         yield f"{_numbered('step', range(first))}: critic alone"
     read_out = ", read out through the final norm" if config.bupo.read_out_norm else ""
     read_out += ", under bupo.internal_layout" if config.bupo.internal_layout is not None else ""
+    read_out += ", unless the guard ends it before" if config.bupo.guard.enabled else ""
     unknown = [(AUTO, config.bupo.internal_steps)] if is_open(config) else []
     for layer, steps in config.bupo.phases() or unknown:
         last = min(first + steps, config.steps) - 1
