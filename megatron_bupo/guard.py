@@ -19,8 +19,7 @@ from megatron_bupo.checkpoints import checkpoint_dir, read_run
 from megatron_bupo.config.schema import GuardConfig
 from megatron_bupo.durable import replace_text
 from megatron_bupo.errors import InputError
-
-FILE = "guard.json"
+from megatron_bupo.record.summary import GUARD
 
 # Bound: the metric that it bounds, and whether it is a ratio to what that was or an increase
 METRICS = {
@@ -108,7 +107,7 @@ class Guard:
         self, config: GuardConfig, run_dir: Path, watch: Watch, *, writes: bool = True
     ) -> None:
         self.config, self.watch, self._writes = config, watch, writes
-        self._path = run_dir / FILE
+        self._path = run_dir / GUARD
         self._looked = -1, watch  # the step of the last probe, and what was known before it
 
     def judge(self, step: int, policy: Policy, seen: Mapping[str, float]) -> list[str] | None:

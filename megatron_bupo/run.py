@@ -138,7 +138,7 @@ class Run:
         left = self.guard.has_left(step)
         self.journal.note({"guard/tripped": float(left)})
         self.warn([] if left else reasons)
-        if left or not reasons:
+        if not reasons or (left and self._needs_another_actor(FULL)):
             self._have_checkpoint(step)
         if left:
             self.schedule = self.schedule.until(step)

@@ -4,6 +4,7 @@ without internal phases.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -38,7 +39,8 @@ TRAINING = tuple(
     f"time/{name}_s"
     for name in ("old_logprobs", "ref_logprobs", "values", "update_critic", "update")
 )
-REPLACED = ("run_dir=", "bupo.internal_steps=", "bupo.stages=", "bupo.stages[")
+REPLACED = ("run_dir=", "bupo.internal_steps=", "bupo.stages=", "bupo.stages[", "bupo.guard")
+GUARD = "guard.json"  # what the guard has left in run_dir
 
 
 def summarise(
@@ -59,6 +61,7 @@ def summarise(
         return f"{run_dir}: no step has finished yet."
     sentences = [
         _what_ran(records, config, world_size),
+        _guard(Path(run_dir), records),
         _accuracy(records),
         _reward(records),
         _critic(records),
@@ -79,6 +82,7 @@ def plain_command(command: Sequence[str], run_dir: str | Path, config: Config) -
     start = ["python", "-m", "megatron_bupo"] if program.endswith("__main__.py") else [program]
     kept = [argument for argument in arguments if not argument.startswith(REPLACED)]
     changed = ["bupo.stages=[]"] if config.bupo.stages else ["bupo.internal_steps=0"]
+    changed += ["bupo.guard=false"] if config.bupo.guard.enabled else []
     return shlex.join([*start, *kept, *changed, f"run_dir={run_dir}-{config.algorithm.advantage}"])
 
 
@@ -101,6 +105,16 @@ def _what_ran(records: Sequence[Record], config: Config, world_size: int | None)
     )
     ranks = "1 process" if layout.world == 1 else f"{layout.world} processes"
     return f"{steps} of {name} over {ranks} ({sizes}): {told}."
+
+
+def _guard(run_dir: Path, records: Sequence[Record]) -> str:
+    """Why the internal phases ended before their time, if they did."""
+    path = run_dir / GUARD
+    if not any(record.get("guard/tripped") for record in records) or not path.exists():
+        return ""
+    left = json.loads(path.read_text(encoding="utf-8"))
+    kept = f"; {left['checkpoint']} is of before" if left["checkpoint"] else ""
+    return f"The guard ended {left['policy']}: {'; '.join(left['reasons'])}{kept}."
 
 
 def _accuracy(records: Sequence[Record]) -> str:
