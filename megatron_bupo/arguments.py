@@ -8,6 +8,7 @@ from functools import partial
 from megatron_bupo import __version__
 from megatron_bupo.command_line import Parser, add_overrides, count
 from megatron_bupo.convert_arguments import add_convert
+from megatron_bupo.launch_arguments import add_launch
 from megatron_bupo.plan_arguments import add_doctor, add_plan
 
 
@@ -30,6 +31,7 @@ def parser() -> Parser:
     add_convert(commands)
     add_plan(commands)
     add_doctor(commands)
+    add_launch(commands)
     _add_bed(commands)
     return parser
 

@@ -28,6 +28,10 @@ COMMANDS = {  # name -> module with `run(args)`, imported when it is the one tha
     "convert": "megatron_bupo.commands.convert",
     "plan": "megatron_bupo.commands.plan",
     "doctor": "megatron_bupo.commands.doctor",
+    "launch": "megatron_bupo.commands.launch",
+    "status": "megatron_bupo.commands.status",
+    "logs": "megatron_bupo.commands.logs",
+    "cancel": "megatron_bupo.commands.cancel",
     "bed": "megatron_bupo.commands.bed",
 }
 

@@ -79,6 +79,7 @@ ON_TOP = {
     "arguments",
     "command_line",
     "convert_arguments",
+    "launch_arguments",
     "plan_arguments",
     "doctor",
     "cli",

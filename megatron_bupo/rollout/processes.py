@@ -30,15 +30,19 @@ PORTS = range(30000, 32768)  # below those that the kernel hands to connections
 class ServerProcess:
     """Server `index` of a run, running or not."""
 
-    def __init__(self, index: int, config: Config, run_dir: Path) -> None:
-        """It gets a free port, another at each start.
+    def __init__(
+        self, index: int, config: Config, run_dir: Path, *, host: str = HOST, name: str = ""
+    ) -> None:
+        """It gets a free port, another at each start. Who asks it from another machine needs a
+        `host` that it can reach; `name` tells servers of several machines apart.
 
         Raises:
             InputError: this machine has too few GPUs.
         """
-        self.log = run_dir / "servers" / f"server-{index}.log"
+        self.log = run_dir / "servers" / f"server-{name or index}.log"
         self.address = ""  # known once it is started
         self._index = index
+        self._host = host
         self._config = config
         self._env = server_environment(config)
         self._first_gpu = _first_gpu(config, index)
@@ -50,11 +54,11 @@ class ServerProcess:
         """Of the server while it runs."""
         return self._kept.pid if self._kept is not None and self._kept.poll() is None else None
 
-    def start(self) -> None:
-        """Start it, again if need be; it is ready some time later."""
+    def start(self, port: int | None = None) -> None:
+        """Start it, again if need be; it is ready some time later. At `port`, if that matters."""
         self.stop()
-        port = free_port()
-        self.address = f"http://{HOST}:{port}"
+        port = port or free_port(self._host)
+        self.address = f"http://{self._host}:{port}"
         command = self.command(port)
         title = f"start {self._starts}: {shown(command, self._config)}"
         self._starts += 1
@@ -85,7 +89,7 @@ class ServerProcess:
         options = {
             "model_path": expand(config.model.path),
             "tokenizer_path": config.model.tokenizer and expand(config.model.tokenizer),
-            "host": HOST,
+            "host": self._host,
             "port": port,
             "api_key": config.servers.api_key,
             "dtype": config.model.dtype,
@@ -127,16 +131,16 @@ def arguments(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def free_port() -> int:
+def free_port(host: str = HOST) -> int:
     """A port that nobody listens on, and likely nobody will before a server has come up."""
     for port in [*random.SystemRandom().sample(PORTS, 64), 0]:
         with socket.socket() as probe:
             try:
-                probe.bind((HOST, port))
+                probe.bind((host, port))
             except OSError:
                 continue
             return probe.getsockname()[1]
-    raise OSError(f"no free port on {HOST}")
+    raise OSError(f"no free port on {host}")
 
 
 def _first_gpu(config: Config, index: int) -> int | None:

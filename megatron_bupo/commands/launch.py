@@ -1,0 +1,172 @@
+"""`megatron-bupo launch RECIPE --on NAME`: from a recipe to a cluster."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_bupo.config import expand, load_config
+from megatron_bupo.config.checks import check
+from megatron_bupo.config.schema import Config
+from megatron_bupo.errors import TRY_AGAIN, InputError, Preempted, RunStopped
+from megatron_bupo.launch import jobs, nemo, record
+from megatron_bupo.launch.cluster import Cluster, load_cluster
+from megatron_bupo.launch.folder import cancelled_file, launch_dir, node_file
+from megatron_bupo.launch.placement import Launch, Role, roles, working_tree
+
+HANDED_OVER_S = 120.0  # for a detached process to have begun
+
+
+def run(args: Namespace) -> None:
+    """Check all that can be checked here, then hand the job over and perhaps follow it."""
+    cluster = load_cluster(args.on)
+    config = load_config(args.recipe, args.overrides)
+    launch = Launch(
+        recipe=_recipe(args.recipe, cluster),
+        overrides=tuple(args.overrides),
+        config=config,
+        cluster=cluster,
+        directory=Path.cwd(),
+        nodes=args.nodes,
+    )
+    parts = roles(launch)
+    _check(launch, parts)
+    if args.dry_run:
+        print(_described(launch, parts))
+        print(nemo.script(launch, parts))
+        return
+    _refuse_a_second(launch)
+    print(_described(launch, parts), flush=True)
+    if cluster.kind == "local":
+        _on_this_machine(launch, parts, detach=args.detach)
+        return
+    watched = cluster.kind == "slurm" or args.detach
+    submitted = nemo.submit(launch, parts, wait=not watched)
+    launched = record.Launched.of(launch, parts, submitted)
+    record.write(launch.run_dir, launched)
+    asked = f"megatron-bupo status|logs|cancel {launch.config.run_dir}"
+    print(f"job {submitted.job}; ask by: {asked}", flush=True)
+    if watched and not args.detach:
+        _follow(launch, launched)
+
+
+def _recipe(name: str, cluster: Cluster) -> str:
+    """The recipe as nodes know it: within the working tree, where that is shipped."""
+    if cluster.in_place:
+        return name
+    path = Path(expand(name)).absolute()
+    if not path.is_relative_to(working_tree()):
+        reason = f"is not in {working_tree()}, which is what nodes get"
+        raise InputError(name, reason, "put it there")
+    return str(path.relative_to(working_tree()))
+
+
+def _check(launch: Launch, parts: list[Role]) -> None:
+    config, cluster = launch.config, launch.cluster
+    if config.debug.rollout_only:
+        raise InputError("debug.rollout_only=true", "is not launched", "use `megatron-bupo train`")
+    if not cluster.in_place and not Path(expand(config.run_dir)).is_absolute():
+        reason = "is relative to a directory that nodes lose with the job"
+        raise InputError(f"run_dir={config.run_dir}", reason, "write its path on the cluster")
+    if parts[0].nodes > 1 and config.rollout.colocated:
+        reason = f"servers are started beside the first rank only, and there are {parts[0].nodes}"
+        way_out = "set rollout.colocated=false and server_nodes in the cluster's file"
+        raise InputError("rollout.colocated=true", f"{reason} nodes", way_out)
+    if cluster.in_place and cluster.executor.get("container_image") is None:
+        check(_seen_by_trainer(config, parts), parts[0].nodes * parts[0].processes)
+
+
+def _seen_by_trainer(config: Config, parts: list[Role]) -> Config:
+    """With addresses of servers, where they have nodes of their own."""
+    if len(parts) == 1:
+        return config
+    from dataclasses import replace
+
+    count = parts[1].nodes * parts[1].processes
+    addresses = [f"http://server-{i}:30000" for i in range(count)]
+    return replace(config, servers=replace(config.servers, addresses=addresses))
+
+
+def _described(launch: Launch, parts: list[Role]) -> str:
+    """Who runs what, in comments."""
+    cluster = launch.cluster
+    lines = [
+        f"{part.name}: {part.nodes} {'nodes' if part.nodes > 1 else 'node'} x {part.processes} "
+        f"{'servers' if part.name == 'serve' else 'ranks'}"
+        for part in parts
+    ]
+    lines.append(f"code: {record.code_in_words(cluster.code)}")
+    lines.append(f"run_dir: {launch.run_dir}")
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def _refuse_a_second(launch: Launch) -> None:
+    """A run directory belongs to one job at a time."""
+    try:
+        before = record.read(launch.run_dir)
+    except InputError:
+        return
+    state = jobs.state(before, launch.run_dir)
+    if not jobs.is_over(state):
+        raise InputError(
+            f"run_dir={launch.config.run_dir}",
+            f"job {before.job} is at work there ({state})",
+            f"wait for it, or: megatron-bupo cancel {launch.config.run_dir}",
+        )
+
+
+def _on_this_machine(launch: Launch, parts: list[Role], *, detach: bool) -> None:
+    """Run it here; `detach`: in a process of its own, which outlives this one."""
+    run_dir = launch.run_dir
+    submitted = nemo.Submitted(experiment="", job=f"on {os.uname().nodename}")
+    if not detach:
+        record.write(run_dir, record.Launched.of(launch, parts, submitted))
+        node_file(run_dir).unlink(missing_ok=True)
+        nemo.submit(launch, parts, wait=True)
+        _ended(jobs.exit_code(run_dir), run_dir)
+        return
+    launch_dir(run_dir).mkdir(parents=True, exist_ok=True)
+    node_file(run_dir).unlink(missing_ok=True)
+    words = [word for word in sys.argv[1:] if word != "--detach"]
+    with (launch_dir(run_dir) / "launch.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_bupo", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + HANDED_OVER_S
+    while not node_file(run_dir).exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RunStopped(f"it did not start; see {launch_dir(run_dir) / 'launch.log'}")
+        time.sleep(0.1)
+    print(f"ask by: megatron-bupo status|logs|cancel {launch.config.run_dir}")
+
+
+def _follow(launch: Launch, launched: record.Launched) -> None:
+    """Show what it says until it is over. Ctrl-C leaves it at work."""
+    from megatron_bupo.commands.logs import follow
+
+    try:
+        follow(launched, launch.run_dir, rank=0, lines=0)
+    except KeyboardInterrupt as error:
+        error.add_note(f"job {launched.job} goes on")
+        raise
+    _ended(jobs.exit_code(launch.run_dir), launch.run_dir)
+
+
+def _ended(code: int | None, run_dir: Path) -> None:
+    if code == 0:
+        return
+    if code == TRY_AGAIN:
+        preempted = Preempted("stopped")
+        how = "cancelled" if cancelled_file(run_dir).exists() else "stopped"
+        preempted.add_note(f"{how}; the same command goes on where it was")
+        raise preempted
+    how = "was killed" if code is None else f"ended with code {code}"
+    raise RunStopped(f"the run {how}; see: megatron-bupo logs {run_dir}")

@@ -1,0 +1,112 @@
+"""Roles as a NeMo-Run experiment: its executors, its script, its submission.
+
+nemo_run takes seconds to import and is the extra `launch`, so this and `executors.py` do it late.
+It keeps its files where NEMORUN_HOME says, which here is the run directory: with another place for
+a `LocalTunnel` sbatch would not find its script. Commands are quoted here, for it joins words by
+spaces. What a kind of cluster needs beside its native options is in `executors.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from megatron_bupo.errors import InputError
+from megatron_bupo.launch.executors import executor_for
+from megatron_bupo.launch.folder import launch_dir
+from megatron_bupo.launch.placement import Launch, Role, working_tree
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that has been handed over."""
+
+    experiment: str  # NeMo-Run's name of it
+    job: str  # the scheduler's; of kind local the experiment's
+
+
+def import_nemo(launch: Launch) -> Any:
+    """NeMo-Run, with its home in the run directory.
+
+    Raises:
+        InputError: it is not installed, or does not import beside what is.
+    """
+    os.environ["NEMORUN_HOME"] = str(launch_dir(launch.run_dir))
+    try:
+        return importlib.import_module("nemo_run")
+    except Exception as error:  # leptonai >= 0.47 breaks it by an AttributeError, say
+        raise InputError(
+            f"--on (kind={launch.cluster.kind})",
+            f"NeMo-Run does not import ({type(error).__name__}: {error})",
+            'pip install "megatron-bupo[launch]"',
+        ) from None
+
+
+def script(launch: Launch, roles: Sequence[Role]) -> str:
+    """What would be handed to the scheduler; nothing is left on disk."""
+    with _experiment(launch, roles) as experiment:
+        experiment.dryrun(log=False, delete_exp_dir=True)
+        job = experiment.jobs[0]
+        infos = getattr(job, "_dryrun_infos", None) or [job._dryrun_info]
+        text = "\n".join(str(info) for info in infos)
+    for folder in (launch_dir(launch.run_dir), launch.run_dir):
+        _remove_empty(folder)
+    return text
+
+
+def submit(launch: Launch, roles: Sequence[Role], *, wait: bool) -> Submitted:
+    """Hand it over; `wait`: until it has ended, where nobody but this process looks after it."""
+    with _experiment(launch, roles) as experiment:
+        experiment.run(detach=not wait)
+        handle = experiment.jobs[0].handle
+        return Submitted(experiment._id, handle.rpartition("/")[2])
+
+
+@contextlib.contextmanager
+def _experiment(launch: Launch, roles: Sequence[Role]) -> Iterator[Any]:
+    """An experiment with the roles as one job."""
+    run = import_nemo(launch)
+    executors = [executor_for(launch, role, several=len(roles) > 1) for role in roles]
+    name = re.sub(r"[^A-Za-z0-9-]+", "-", launch.run_dir.name) or "run"
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    with (
+        contextlib.chdir(launch.directory if launch.cluster.in_place else working_tree()),
+        run.Experiment(
+            name,
+            id=f"{name}_{stamp}",
+            log_level="WARN",
+            clean_mode=True,
+            enable_goodbye_message=False,
+            skip_status_at_exit=True,
+        ) as experiment,
+    ):
+        scripts = [_script(run, launch, role) for role in roles]
+        if len(roles) > 1:
+            experiment.add(scripts, executor=executors, name=name)
+        else:
+            experiment.add(scripts[0], executor=executors[0], name=name)
+        yield experiment
+
+
+def _script(run: Any, launch: Launch, role: Role) -> Any:
+    module, *words = role.words
+    if launch.cluster.kind != "local":  # all others join words in a shell
+        words = [shlex.quote(word).replace("$", "$$") for word in words]
+    return run.Script(module, args=words, entrypoint=launch.cluster.interpreter, m=True)
+
+
+def _remove_empty(folder: Any) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True) if folder.is_dir() else ():
+        if path.name.startswith(".") and path.suffix == ".json":  # NeMo-Run's lists of jobs
+            continue
+        with contextlib.suppress(OSError):
+            path.rmdir()
+    with contextlib.suppress(OSError):
+        folder.rmdir()

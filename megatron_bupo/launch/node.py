@@ -1,0 +1,112 @@
+"""One node of a launched run: torchrun, with manners that a scheduler understands.
+
+torchrun dies of a signal that it does not know, kills its ranks half a minute after one that it
+does, and exits with 1 whatever they exited with. Here a warning (SIGUSR2) reaches the ranks and
+leaves it alone, ranks have `--grace` seconds to end a step and save it (`stopping.py`), and the
+exit code is theirs. Ranks are numbered in the order of nodes. When a run was preempted, the file
+`run_dir/launch/again` says that whoever launched it should start it again.
+
+    python -m megatron_bupo.launch.node --nodes 2 --processes 8 -- --config RECIPE key=value ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_bupo.config import expand, load_config
+from megatron_bupo.errors import TRY_AGAIN, InputError
+from megatron_bupo.launch.addresses import wait_for
+from megatron_bupo.launch.folder import again_file, launch_dir, log_dir, node_file, start_name
+
+# Of this node among them and of the first, by Slurm, SkyPilot, Kubeflow, Lepton in this order
+NODE_RANK = ("SLURM_NODEID", "SKYPILOT_NODE_RANK", "PET_NODE_RANK", "NODE_RANK")
+FIRST_NODE = ("BUPO_FIRST_NODE", "SKYPILOT_NODE_IPS", "PET_MASTER_ADDR", "MASTER_ADDR")
+BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Be a node; the exit code of its ranks."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # meant for ranks, who inherit this until
+        signal.signal(number, signal.SIG_IGN)  # they say otherwise
+    words = list(sys.argv[1:] if argv is None else argv)
+    bar = words.index("--")
+    args, settings = _parser().parse_args(words[:bar]), words[bar + 1 :]
+    if args.directory is not None:
+        os.chdir(args.directory)
+    try:
+        config = load_config(settings[1], settings[2:])
+        run_dir = Path(expand(config.run_dir)).absolute()
+        if args.servers:
+            found = wait_for(run_dir, args.servers, timeout_s=config.servers.start_timeout_s)
+            settings.append(f"servers.addresses={json.dumps(found)}")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    code = None
+    launch_dir(run_dir).mkdir(parents=True, exist_ok=True)
+    if first := node_rank() == 0:
+        node_file(run_dir).write_text(json.dumps({"pid": os.getpid(), "code": None}))
+    try:
+        code = _torchrun(args, run_dir, settings)
+    finally:
+        if first:
+            node_file(run_dir).write_text(json.dumps({"pid": os.getpid(), "code": code}))
+    if code == TRY_AGAIN:
+        again_file(run_dir).write_text(f"{start_name()}\n")
+    return code
+
+
+def node_rank() -> int:
+    """Which of the nodes is this?"""
+    return next((int(os.environ[name]) for name in NODE_RANK if os.environ.get(name)), 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron_bupo.launch.node")
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--processes", type=int, required=True)
+    parser.add_argument("--port", type=int, default=29500)
+    parser.add_argument("--grace", type=int, default=120, help="seconds")
+    parser.add_argument("--servers", type=int, default=0, help="to wait for")
+    parser.add_argument("--directory", help="to work in")
+    return parser
+
+
+def _torchrun(args: argparse.Namespace, run_dir: Path, settings: Sequence[str]) -> int:
+    """Run the ranks of this node, with a log of each; the exit code that says most."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    rank = node_rank()
+    logs = log_dir(run_dir, rank)
+    logs.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(args.grace)  # torch < 2.9: 30 s, always
+    first = next((os.environ[name] for name in FIRST_NODE if os.environ.get(name)), "127.0.0.1")
+    words = ["--nnodes", str(args.nodes), "--nproc-per-node", str(args.processes)]
+    words += ["--node-rank", str(rank), "--master-addr", first.split()[0]]
+    words += ["--master-port", str(args.port), "--max-restarts", "0"]
+    words += ["--log-dir", str(logs), "--tee", "3"]
+    began = time.monotonic()
+    try:
+        run.main([*words, "-m", "megatron_bupo", "train", *settings])
+    except ChildFailedError as failed:
+        codes = {failure.exitcode for failure in failed.failures.values()}
+        code = next((code for code in (TRY_AGAIN, BAD_INPUT) if code in codes), 1)
+    except SignalException as caught:  # its ranks were told, and have ended
+        code = TRY_AGAIN if caught.sigval == signal.SIGTERM else 128 + int(caught.sigval)
+    else:
+        code = 0
+    print(f"node {rank}: exit code {code} after {time.monotonic() - began:.0f} s", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

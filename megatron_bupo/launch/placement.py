@@ -1,0 +1,111 @@
+"""Which command runs on how many nodes? A recipe's layout on a cluster's nodes, role by role.
+
+Ranks fill nodes one by one, so tensor-parallel groups, which are neighbours, stay inside a node.
+Servers have nodes of their own (`server_nodes`), or the trainer's first rank starts them beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_bupo.config import Config, expand
+from megatron_bupo.config.layout import parallel_sizes
+from megatron_bupo.config.server_rules import gpus_per_server
+from megatron_bupo.errors import InputError
+from megatron_bupo.launch.cluster import Cluster
+
+TRAINER, SERVERS = "train", "serve"
+
+
+@dataclass(frozen=True)
+class Role:
+    """`words` is what `python -m` runs on each of `nodes` nodes."""
+
+    name: str
+    nodes: int
+    processes: int  # ranks, or servers, on a node
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What was asked for: a recipe with its overrides, on a cluster."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    config: Config
+    cluster: Cluster
+    directory: Path  # that relative paths start from
+    nodes: int | None = None  # of the trainer; None: what the layout needs
+
+    @property
+    def run_dir(self) -> Path:
+        """Where all of it is written, absolute."""
+        return self.directory / expand(self.config.run_dir)
+
+
+def roles(launch: Launch) -> list[Role]:
+    """The trainer, and servers where they have nodes of their own.
+
+    Raises:
+        InputError: the layout does not fill the nodes.
+    """
+    cluster = launch.cluster
+    nodes, processes = _trainer_nodes(launch)
+    words = ["megatron_bupo.launch.node", "--nodes", str(nodes), "--processes", str(processes)]
+    words += ["--port", str(cluster.port), "--grace", str(cluster.grace_s)]
+    found = []
+    if cluster.server_nodes:
+        each = _servers_per_node(launch)
+        words += ["--servers", str(each * cluster.server_nodes)]
+        serving = ["megatron_bupo.launch.serve", "--servers", str(each), *_settings(launch)]
+        found.append(Role(SERVERS, cluster.server_nodes, each, tuple(serving)))
+    return [Role(TRAINER, nodes, processes, (*words, *_settings(launch))), *found]
+
+
+def _settings(launch: Launch) -> list[str]:
+    """Where a role goes to, and the recipe with its overrides, after a bar."""
+    where = ["--directory", str(launch.directory)] if launch.cluster.in_place else []
+    return [*where, "--", "--config", launch.recipe, *launch.overrides]
+
+
+def _trainer_nodes(launch: Launch) -> tuple[int, int]:
+    config, per_node = launch.config, launch.cluster.processes
+    world = None if launch.nodes is None else launch.nodes * per_node
+    world = parallel_sizes(config, world).world
+    if world <= per_node and launch.nodes in (None, 1):
+        return 1, world
+    if world % per_node:
+        raise InputError(
+            f"parallel.*: {world} ranks",
+            f"do not fill nodes of {per_node}",
+            f"choose parallel.dp or --nodes so that {per_node} divides the number of ranks",
+        )
+    return world // per_node, per_node
+
+
+def _servers_per_node(launch: Launch) -> int:
+    config, cluster = launch.config, launch.cluster
+    where = f"server_nodes={cluster.server_nodes}"
+    if config.rollout.engine != "sglang":
+        reason = f"rollout.engine={config.rollout.engine} has no servers"
+        raise InputError(where, reason, "set rollout.engine=sglang, or server_nodes: 0")
+    if config.servers.addresses:
+        reason = "servers.addresses names servers that run already"
+        raise InputError(where, reason, "remove one of the two")
+    if config.rollout.colocated:
+        reason = "rollout.colocated=true has servers share the trainer's GPUs"
+        raise InputError(where, reason, "remove one of the two")
+    if not cluster.gpus_per_node:
+        return config.servers.count
+    each = gpus_per_server(config)
+    if each > cluster.gpus_per_node:
+        reason = f"a server of {each} GPUs does not fit a node of {cluster.gpus_per_node}"
+        raise InputError(f"sglang.tp_size={config.sglang.get('tp_size', 1)}", reason, "lower it")
+    return cluster.gpus_per_node // each
+
+
+def working_tree() -> Path:
+    """The directory that this very package is imported from."""
+    return Path(__file__).parents[2]
