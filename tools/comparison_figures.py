@@ -26,15 +26,17 @@ class Drawn(NamedTuple):
     """What of a run is drawn over the steps that it has trained."""
 
     label: str
-    corner: str  # that the curves leave free
     of: Callable[[Curve], tuple[Sequence[float], Sequence[float]]]
 
 
-ACCURACY = Drawn("held-out accuracy", "lower right", lambda run: (run.steps, run.accuracy))
+ACCURACY = Drawn("held-out accuracy", lambda run: (run.steps, run.accuracy))
 ENTROPY = Drawn(
     "entropy of the full policy, nats",
-    "upper right",
     lambda run: (range(len(run.entropy)), run.entropy),
+)
+PERPLEXITY = Drawn(
+    "perplexity of the full policy, on fixed texts",
+    lambda run: (run.probed, run.perplexity),
 )
 
 
@@ -52,6 +54,8 @@ def draw(
         "learning_curves": _panels(curves, shown, reference, ACCURACY),
         "entropies": _panels(curves, shown, reference, ENTROPY),
     }
+    if all(run.probed for of in curves.values() for run in of.values()):
+        figures["perplexities"] = _panels(curves, shown, reference, PERPLEXITY, log=True)
     return [_save(figure, out / f"{name}.png") for name, figure in figures.items()]
 
 
@@ -68,6 +72,8 @@ def _panels(
     panels: Mapping[str, Sequence[str]],
     reference: str,
     drawn: Drawn,
+    *,
+    log: bool = False,
 ) -> Figure:
     """Means over seeds with a band of one standard deviation, the reference in every panel."""
     from matplotlib.figure import Figure
@@ -84,7 +90,9 @@ def _panels(
                 colour_of[name] = free.pop(0) if free else COLOURS[0]
             _band(axes, [drawn.of(run) for run in curves[name].values()], colour_of[name], name)
         axes.set_title(title, fontsize=10, loc="left")
-        axes.legend(frameon=False, fontsize=8, loc=drawn.corner)
+        axes.legend(frameon=False, fontsize=8, loc="best")
+        if log:
+            axes.set_yscale("log")
         _plain(axes)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)

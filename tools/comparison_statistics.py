@@ -24,6 +24,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 CLIPPED = "update/ratio_clipped_fraction"
+PERPLEXITY = "probe/perplexity"
 Record = Mapping[str, Any]
 
 
@@ -39,6 +40,9 @@ class Curve:
     step_s: float  # seconds of a step, without evaluation
     # Standard deviation of the last accuracy over other responses to the same prompts; NaN: unknown
     sampling_noise: float
+    probed: Sequence[int] = ()  # steps behind the policy, at each probe
+    perplexity: Sequence[float] = ()  # of the full policy on texts that stay the same, there
+    left_at: int | None = None  # steps behind the policy when the guard ended its internal phase
 
     @classmethod
     def of(cls, records: Sequence[Record], questions: int | None = None) -> Curve:
@@ -49,6 +53,8 @@ class Curve:
             if "eval/accuracy_mean" in record:
                 measured.append((record["step"] + 1, tokens, record["eval/accuracy_mean"]))
         steps, at, accuracy = zip(*measured, strict=True)
+        probes = [(r["step"], r[PERPLEXITY]) for r in records if PERPLEXITY in r]
+        left = [r["step"] for r in records if r.get("guard/tripped")]
         return cls(
             steps,
             at,
@@ -57,6 +63,9 @@ class Curve:
             fmean(r[CLIPPED] for r in records if CLIPPED in r),
             fmean(r["time/step_s"] - r.get("time/evaluate_s", 0.0) for r in records),
             sampling_noise(records[-1], questions),
+            [step for step, _ in probes],
+            [perplexity for _, perplexity in probes],
+            left[0] if left else None,
         )
 
     def at_tokens(self, budget: float, values: Sequence[float] | None = None) -> float:
