@@ -61,7 +61,7 @@ def run(chunks, batch, loss_of, *, forward_only):
 
     return get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=iter(parts),
+        data_iterator=[iter(parts) for _ in chunks],
         model=chunks,
         num_microbatches=len(parts),
         seq_length=batch["input_ids"].shape[1],

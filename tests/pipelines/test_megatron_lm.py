@@ -1,0 +1,129 @@
+"""Megatron-LM's RL calls a builder, and asks nothing else of us; see megatron_lm.yaml."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron_bupo.errors import InputError
+from megatron_bupo.pipelines import controller, megatron_lm
+from megatron_bupo.pipelines.megatron_lm import BupoBuilder, PhaseSchedule
+from tests.pipelines.tiny_gpt import known_gpt
+from tests.ranks import run_ranks
+
+RECORD = yaml.safe_load((Path(__file__).parent / "megatron_lm.yaml").read_text())
+SCHEDULE = PhaseSchedule.of([(2, 2)])
+
+
+def _args(**changed: Any) -> SimpleNamespace:
+    """All arguments that Megatron-LM is known to have, as a run of GRPO sets them."""
+    names = dict.fromkeys(RECORD["arguments"], False)
+    sizes = dict(zip(RECORD["collection"], (2, 8, 4, 16), strict=True))
+    return SimpleNamespace(**names | sizes | {"perform_rl_step": True} | changed)
+
+
+def test_the_builder_is_called_as_recorded():
+    parameters = inspect.signature(BupoBuilder.__call__).parameters
+    assert list(parameters)[1:] == RECORD["builder"]
+    optional = [n for n, p in parameters.items() if p.default is not inspect.Parameter.empty]
+    assert optional == RECORD["may_be_left_out"]
+    assert set(megatron_lm.REFUSED) <= set(RECORD["arguments"])
+
+
+def _build(args: SimpleNamespace) -> tuple[Any, Any, BupoBuilder]:
+    """As `model_provider` does."""
+    gpt, computed = known_gpt()
+    told: list[Any] = []
+
+    def builder(*positional: Any, **named: Any) -> Any:
+        told.append((positional, named))
+        return gpt
+
+    bupo = BupoBuilder(builder, SCHEDULE)
+    model = bupo(args, True, True, None, config=None, pg_collection=None)
+    assert told == [((args, True, True, None), {"config": None, "pg_collection": None})]
+    assert model is gpt
+    return model, computed, bupo
+
+
+def _through_a_run() -> list[str]:
+    args = _args()
+    model, computed, _ = _build(args)
+    seen = [computed(model)]
+    for iteration in range(0, 17, 2):  # two passes over 32 responses, 16 at a time, are a step
+        setattr(args, RECORD["iteration"], iteration)
+        seen.append(computed(model))
+    return seen
+
+
+def test_a_step_is_a_collection_of_rollouts():
+    [seen] = run_ranks(1, _through_a_run)
+    assert seen == ["full", *["internal layer 2"] * 4, *["full"] * 5]
+
+
+class Mode:
+    """Megatron-Core's flag, as recorded; the installed release may be older than it."""
+
+    active = False
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return cls.active
+
+
+def _while_serving() -> list[str]:
+    controller.InferenceMode = Mode
+    args = _args(curr_iteration=0)
+    model, computed, _ = _build(args)
+    seen = []
+    for Mode.active in (False, True, False):
+        seen.append(computed(model))
+    return seen
+
+
+def test_an_inference_engine_serves_the_full_policy():
+    assert "is_active" in RECORD["inference_mode"]
+    assert run_ranks(1, _while_serving) == [["internal layer 2", "full", "internal layer 2"]]
+
+
+def _resume(iteration: int) -> str:
+    model, computed, _ = _build(_args(curr_iteration=iteration))
+    try:
+        return computed(model)
+    except InputError as error:
+        return str(error)
+
+
+def test_a_run_resumes_in_its_phase_but_not_in_the_midst_of_a_collection():
+    assert run_ranks(1, _resume, 4) == ["internal layer 2"]
+    assert run_ranks(1, _resume, 8) == ["full"]
+    [refused] = run_ranks(1, _resume, 6)
+    assert "iteration 6" in refused
+    assert "--save-interval" in refused
+
+
+@pytest.mark.parametrize("name", megatron_lm.REFUSED)
+def test_what_cannot_be_with_internal_phases_is_refused_before_the_model_is_built(name: str):
+    def builder(*_: Any, **__: Any) -> Any:
+        raise AssertionError("built")
+
+    with pytest.raises(InputError, match="--" + name.replace("_", "-")):
+        BupoBuilder(builder, SCHEDULE)(_args(**{name: True}), True, True)
+
+
+def _other_model() -> str:
+    try:
+        BupoBuilder(lambda *_, **__: torch.nn.Linear(2, 2), SCHEDULE)(_args(), True, True)
+    except InputError as error:
+        return str(error)
+    return "attached"
+
+
+def test_a_model_that_is_no_gpt_is_refused():
+    assert "Linear: is no Megatron-Core GPTModel" in run_ranks(1, _other_model)[0]
