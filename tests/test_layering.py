@@ -55,6 +55,7 @@ MAY_IMPORT = {
         "algorithm",
     },
     "analysis": {"errors", "durable", "intervals"},
+    "planner": {"config", "errors", "hf"},
     "bed": {"types", "config", "errors", "durable", "data", "hf"},
 }
 # What puts the parts together may import all of them.
