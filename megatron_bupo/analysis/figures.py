@@ -2,9 +2,10 @@
 
 ::
 
-    figures/entropy_change.png, .pdf    what attention and FFN do to entropy (the paper's Figure 2)
-    figures/layer_entropy               entropies of the layer policies (Figure 3)
-    figures/entropy_flow                a layer's input -> attention -> FFN -> output
+    figures/entropy_flow.png, .pdf      a layer's input -> attention -> FFN -> output (the paper's
+                                        Figure 2)
+    figures/entropy_change              what attention and FFN do to entropy (Figure 3)
+    figures/layer_entropy               entropies of the layer policies, under both read-outs
     figures/full_policy                 how far the layer policies are from the full policy
     figures/cosine                      where modules point (appendix B.5)
 
@@ -32,6 +33,7 @@ SHADES = {"exploration": "#fbe9d9", "integration": "#eef0f3", "convergence": "#d
 RAW_LABEL, NORM_LABEL = "raw read-out", "through the final norm"
 _WIDTH = 8.5  # inches
 _NAMED_FROM = 0.1  # of the width: narrower stages have their initial alone
+_ALL_NAMED = 48  # layers that have room for all of their numbers
 
 Content = Mapping[str, Any]
 
@@ -39,9 +41,9 @@ Content = Mapping[str, Any]
 def draw_figures(out: Path, content: Content) -> list[Path]:
     """Draw all of them into `out`/figures; the PNGs."""
     figures = {
+        "entropy_flow": _entropy_flow(content),
         "entropy_change": _entropy_change(content),
         "layer_entropy": _layer_entropy(content),
-        "entropy_flow": _entropy_flow(content),
         "full_policy": _full_policy(content),
         "cosine": _cosine(content),
     }
@@ -63,7 +65,7 @@ def _entropy_change(content: Content) -> Figure:
     below.set_ylabel(r"$\Delta H$ of FFN, nats")
     low, high = content["stages"]["about_zero_nats"]
     style = {"color": "#6b7280", "linewidth": 0.9, "linestyle": (0, (1, 2))}
-    below.axhline(high, label="nearer to 0 than to a stage", **style)
+    below.axhline(high, label="about 0 is between these", **style)
     below.axhline(low, **style)
     below.legend(loc="best", frameon=False, fontsize=9)
     return figure
@@ -95,6 +97,9 @@ def _entropy_flow(content: Content) -> Figure:
     axes.plot(x[:, 1], flow[:, 1], color=ATTENTION, marker="^", label="attention output", **style)
     axes.plot(x[:, 2], flow[:, 2], color=FFN, marker="s", label="FFN output", **style)
     axes.set_xlim(0.3, layers + 0.7)
+    if layers <= _ALL_NAMED:
+        axes.set_xticks(range(1, layers + 1))
+        axes.tick_params(axis="x", labelsize=8)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("entropy, nats")
     axes.legend(loc="best", frameon=False, fontsize=9)
@@ -168,7 +173,6 @@ def _panels(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
@@ -181,7 +185,7 @@ def _panels(
         axes.set_axisbelow(True)
     _name(every[0], content, at)
     every[0].set_xlim(0.4, layers + 0.6)
-    every[0].xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    every[0].set_xticks(layer_ticks(layers))
     data, name = content["data"], content["model"].replace("$", r"\$")
     if note is None:
         note = f"; bands: {content['confidence']:.0%} intervals"
@@ -189,6 +193,13 @@ def _panels(
         f"layer of {name}    ({data['tokens']} tokens of {data['responses']} responses{note})"
     )
     return figure, every
+
+
+def layer_ticks(layers: int) -> list[int]:
+    """The first and the last of `layers`, and round numbers between: at most 12."""
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if layers <= 10 * step)
+    between = range(step, layers, step)
+    return sorted({1, *(i for i in between if min(i - 1, layers - i) > step / 2), layers})
 
 
 def _mark(axes: Axes, content: Content, at: float) -> None:

@@ -13,11 +13,15 @@ single layer does not turn::
 Levels are medians, so that a layer is "about 0" where it is nearer to 0 than to the level of the
 region next to it: dH_ffn in [-n/2, p/2]. A level counts if it is larger than the noise: what layers
 differ by from the middle of their two neighbours (the median), or by chance (the median half-width
-of their intervals). One layer alone does not explore: noise looks like that too.
+of their intervals). One layer alone does not explore: noise looks like that too. What fades out
+would be cut at half its level, so exploration goes on over layers that raise entropy by more than
+the noise and more than twice what the layers above usually change it by (the median of |dH_ffn|).
 
-The last layer's policy is not an internal one, so a model that explores to its end is trained at
-L - 1, as is one that does not explore at all: the paper's Llama models are, at 27 of 28 and 31 of
-32. How much of that hangs on the responses shows in draws of as many, with replacement.
+The paper trains its Llama models, whose FFNs raise entropy almost everywhere, at 27 of 28 and 31 of
+32. So where exploration leaves nothing to integrate (it does not end before the last layer, or ends
+in the last quarter and convergence follows), and where there is none, L - 1 is the choice: the last
+layer whose policy is an internal one. How much of that hangs on the responses shows in draws of as
+many, with replacement.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from megatron_bupo.analysis.moments import Array, Moments, pooled
 
 COLUMN = "ffn_entropy_change_nats"
 DRAWS = 400
+_NEARLY_ALL = 0.75  # of the layers
 EXPLORATION, INTEGRATION, CONVERGENCE = "exploration", "integration", "convergence"
 
 
@@ -77,7 +82,7 @@ class Recommendation:
 def find_stages(changes: Array, half_widths: Array | None = None) -> Stages:
     """Of dH_ffn `[layers]` in nats and the half-widths of their intervals; None, NaN: not known."""
     noise = noise_of(changes, half_widths)
-    end = int(exploration_ends(changes[None], noise)[0])
+    [end] = exploration_ends(changes[None], noise).tolist()
     first, last = _convergence(changes, end, noise)
     bounds = [(EXPLORATION, 0, end), (CONVERGENCE, first, last)]
     if end:
@@ -89,6 +94,8 @@ def find_stages(changes: Array, half_widths: Array | None = None) -> Stages:
     )
     level = {stage.name: abs(stage.change) / 2 for stage in stages}
     low, high = level.get(CONVERGENCE, noise), level.get(EXPLORATION, noise)
+    if 0 < end < len(changes):
+        high = min(high, _usual(changes, end, noise))
     return Stages(stages, noise, -low if low else 0.0, high)
 
 
@@ -101,16 +108,33 @@ def noise_of(changes: Array, half_widths: Array | None = None) -> float:
 
 def exploration_ends(changes: Array, noise: float) -> Array:
     """The last exploring layer of each row of `[draws, layers]`; 0: there is none."""
+    ends = nearest_steps(changes, noise)
+    for row, changed in enumerate(changes):
+        end = int(ends[row])
+        while 0 < end < len(changed) and changed[end] > _usual(changed, end, noise):
+            end += 1
+        ends[row] = end
+    return ends
+
+
+def nearest_steps(changes: Array, noise: float) -> Array:
+    """The last layer of the level in each row of `[draws, layers]` that is nearest to what is
+    positive in it, 0 above; 0: no level of two or more layers is.
+    """
     positive = np.maximum(changes, 0)
     above = positive.sum(axis=1)[:, None] - positive.cumsum(axis=1)
-    costs, levels = [positive.sum(axis=1)], [np.full(len(changes), np.inf)]
-    for end in range(1, changes.shape[1] + 1):
-        level = np.median(positive[:, :end], axis=1)
-        costs.append(np.abs(positive[:, :end] - level[:, None]).sum(axis=1) + above[:, end - 1])
-        levels.append(level)
-    ends = np.argmin(costs, axis=0)
-    level = np.take_along_axis(np.array(levels), ends[None], 0)[0]
-    return np.where((level > noise) & (ends > 1), ends, 0)
+    none = positive.sum(axis=1)
+    costs = [none, np.full_like(none, np.inf)]
+    for end in range(2, changes.shape[1] + 1):
+        level = np.quantile(positive[:, :end], 0.5, axis=1, method="lower")
+        cost = np.abs(positive[:, :end] - level[:, None]).sum(axis=1) + above[:, end - 1]
+        costs.append(np.where(level > noise, cost, np.inf))
+    return np.argmin(costs, axis=0)
+
+
+def _usual(changes: Array, end: int, noise: float) -> float:
+    """What the layer above `end` has to exceed, to belong to the exploration below it."""
+    return max(noise, 2 * float(np.median(np.abs(changes[end:]))))
 
 
 def _convergence(changes: Array, start: int, noise: float) -> tuple[int, int]:
@@ -149,38 +173,44 @@ def recommend(
     responses, layers = means.shape
     if layers < 2:
         return None
-    explored = stages.exploration
-    layer = _trained(np.array([explored.last if explored else 0]), layers)[0]
+    changes = (tokens[:, None] * means).sum(axis=0) / tokens.sum()  # to the bit as `pooled` has it
+    [layer] = _trained(changes[None], stages.noise).tolist()
     shares: dict[int, float] = {}
     if responses > 1:
         random = np.random.default_rng(seed)
         counts = random.multinomial(responses, np.full(responses, 1 / responses), size=DRAWS)
         weights = counts * tokens
         drawn = weights @ means / weights.sum(axis=1, keepdims=True)
-        found = Counter(_trained(exploration_ends(drawn, stages.noise), layers).tolist())
+        found = Counter(_trained(drawn, stages.noise).tolist())
         shares = {int(at): count / DRAWS for at, count in found.most_common()}
-    by_rule = explored is not None and explored.last < layers
-    reason = _reason(explored, layers)
-    return Recommendation(int(layer), by_rule, reason, shares, last_above_zero)
+    explored = stages.exploration
+    by_rule = explored is not None and explored.last == layer
+    reason = _reason(explored, layer, layers)
+    return Recommendation(layer, by_rule, reason, shares, last_above_zero)
 
 
-def _trained(ends: Array, layers: int) -> Array:
-    return np.where((ends == 0) | (ends == layers), layers - 1, ends)
+def _trained(changes: Array, noise: float) -> Array:
+    """The layer to train of each row of `[draws, layers]`."""
+    layers = changes.shape[1]
+    ends = exploration_ends(changes, noise)
+    above = np.arange(layers) >= ends[:, None]
+    lowered = (changes * above).sum(axis=1) < -noise * above.sum(axis=1)
+    deep = (ends == 0) | (ends == layers) | ((ends > _NEARLY_ALL * layers) & lowered)
+    return np.where(deep, layers - 1, ends)
 
 
-def _reason(explored: Stage | None, layers: int) -> str:
+def _reason(explored: Stage | None, layer: int, layers: int) -> str:
     deep = f"layer {layers - 1}, the last whose policy is an internal one, is what the paper trains"
     deep += " in its Llama models (27 of 28, 31 of 32)"
     if explored is None:
         return f"the FFNs of the lowest layers do not raise entropy by more than noise, and {deep}"
     if explored.last == layers:
         return f"FFNs raise entropy up to the last layer, and {deep}"
-    of = f"layers 1 to {explored.last}" if explored.last > 1 else "layer 1"
-    return (
-        f"layer {explored.last} is the last of the exploration region: the FFNs of {of} raise "
-        f"entropy, by {explored.change:.2g} nats in the median, and those above by less than half "
-        "of that or not at all"
-    )
+    of = f"the FFNs of layers 1 to {explored.last} raise entropy, by {explored.change:.2g} nats in"
+    of += " the median, and those above"
+    if explored.last != layer:
+        return f"{of} lower it, so that no layer integrates, and {deep}"
+    return f"layer {layer} is the last of the exploration region: {of} do not, or hardly"
 
 
 def as_record(stages: Stages, recommendation: Recommendation | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_bupo.algorithm.entropy_flow import PolicyReadings, Readings
-from megatron_bupo.analysis.figures import entropy_flow
+from megatron_bupo.analysis.figures import entropy_flow, layer_ticks
 from megatron_bupo.analysis.moments import Moments, pooled
 from megatron_bupo.analysis.present import LENS, present
 from megatron_bupo.analysis.report import write_report
@@ -103,6 +103,13 @@ def test_the_flow_goes_from_each_layers_input_to_its_output(tmp_path: Path):
     for layer, row in zip(content["layers"], flow.tolist(), strict=True):
         names = ("attention_entropy_nats", "ffn_entropy_nats", "entropy_nats")
         assert row[1:] == [layer[name] for name in names]
+
+
+def test_layers_are_numbered_as_in_the_paper():
+    assert layer_ticks(36) == [1, 5, 10, 15, 20, 25, 30, 36]
+    assert layer_ticks(28) == [1, 5, 10, 15, 20, 25, 28]
+    assert layer_ticks(6) == [1, 2, 3, 4, 5, 6]
+    assert layer_ticks(1) == [1]
 
 
 @pytest.mark.parametrize("damaged", [None, "{", "[]", '{"layers": []}', '{"layers": 3}'])

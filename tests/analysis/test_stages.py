@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import median_low
+
 import numpy as np
 import pytest
 
@@ -11,6 +14,7 @@ from megatron_bupo.analysis.stages import (
     advise,
     exploration_ends,
     find_stages,
+    nearest_steps,
     recommend,
 )
 
@@ -25,7 +29,7 @@ def shaped(*parts: tuple[int, float, float]) -> np.ndarray:
 
 QWEN = shaped((6, 3.5, 2.5), (20, 0.2, -0.2), (10, -5.0, -10.0))
 LLAMA = np.append(0.1 + WAVE[:27] / 4, -0.15)
-DEEPSEEK = shaped((2, 0.1, 0.0), (20, -2.0, -3.0), (8, -0.2, -0.1))
+DEEPSEEK = shaped((2, 0.1, -0.1), (20, -2.0, -3.0), (8, -0.2, -0.1))
 
 
 def regions(changes: np.ndarray) -> list[tuple[str, int, int]]:
@@ -84,21 +88,46 @@ def test_changes_within_their_intervals_are_no_stages():
 
 def test_a_layer_is_about_zero_where_it_is_nearer_to_zero_than_to_the_level():
     found = find_stages(QWEN)
-    assert found.high == pytest.approx(np.median(QWEN[:6]) / 2)
     assert found.low == pytest.approx(np.median(QWEN[26:]) / 2)
+    assert found.high == pytest.approx(2 * np.median(np.abs(QWEN[6:])))
+    rough = np.append(QWEN[:6], 1.2 * (-1.0) ** np.arange(30))
+    assert find_stages(rough).high == pytest.approx(np.median(QWEN[:6]) / 2)
 
 
-def test_the_exploration_region_is_the_nearest_of_all_steps():
+def test_the_level_of_the_exploration_region_is_the_nearest_of_all():
     random = np.random.default_rng(0)
     for changes in random.normal(0.2, 1, size=(50, 9)):
         positive = [max(x, 0.0) for x in changes.tolist()]
-        costs = [sum(positive)]
-        for end in range(1, 10):
-            level = float(np.median(positive[:end]))
-            costs.append(sum(abs(x - level) for x in positive[:end]) + sum(positive[end:]))
-        end = int(exploration_ends(changes[None], -1.0)[0])
-        near = [costs[end]] if end else costs[:2]  # one layer alone is no region
-        assert min(near) == pytest.approx(min(costs))
+        costs = {0: sum(positive)}
+        for end in range(2, 10):  # one layer alone is no region
+            level = median_low(positive[:end])
+            if level > 0.1:
+                costs[end] = sum(abs(x - level) for x in positive[:end]) + sum(positive[end:])
+        [end] = nearest_steps(changes[None], 0.1).tolist()
+        assert costs[end] == pytest.approx(min(costs.values()))
+
+
+@pytest.mark.parametrize(
+    "exploring",
+    [
+        np.linspace(4.0, 0.5, 6),
+        4.0 * np.exp(-np.arange(6) / 2),
+        [4.0, 0.9, 0.8, 0.9, 0.7, 0.6],
+        [0.8, 2.5, 3.8, 3.0, 1.6, 0.7],
+    ],
+    ids=["linear", "exponential", "one high", "hump"],
+)
+def test_exploration_that_fades_out_is_not_cut_at_half_its_level(exploring: Sequence[float]):
+    for noise in np.random.default_rng(0).normal(0, 0.04, size=(20, 36)):
+        changes = np.concatenate([exploring, np.linspace(0.02, -0.1, 20), np.linspace(-2, -8, 10)])
+        [end] = exploration_ends(changes[None] + noise, 0.05).tolist()
+        assert end == 6
+    assert find_stages(changes).high < exploring[-1]
+
+
+def test_what_fades_out_all_the_way_ends_where_layers_are_as_those_above():
+    changes = np.linspace(4, 0, 30)[None]
+    assert exploration_ends(changes, 0.01) == nearest_steps(changes, 0.01) == [19]
 
 
 def moments(changes: np.ndarray, *, spread: float, responses: int = 30) -> Moments:
@@ -111,8 +140,15 @@ def moments(changes: np.ndarray, *, spread: float, responses: int = 30) -> Momen
 
 @pytest.mark.parametrize(
     ("changes", "layer", "by_rule"),
-    [(QWEN, 6, True), (LLAMA, 27, True), (DEEPSEEK, 29, False), (np.full(28, 0.1), 27, False)],
-    ids=["qwen", "llama", "deepseek", "all positive"],
+    [
+        (QWEN, 6, True),
+        (LLAMA, 27, True),
+        (np.append(LLAMA[:25], [-0.1, -0.2, -0.3]), 27, False),
+        (DEEPSEEK, 29, False),
+        (np.full(28, 0.1), 27, False),
+        (shaped((25, 1.0, 0.9), (3, 0.05, -0.05)), 25, True),
+    ],
+    ids=["qwen", "llama", "llama, three converge", "deepseek", "all positive", "integrates late"],
 )
 def test_the_layer_is_the_last_that_explores_else_the_last_internal_one(
     changes: np.ndarray, layer: int, by_rule: bool
@@ -125,7 +161,7 @@ def test_the_layer_is_the_last_that_explores_else_the_last_internal_one(
 
 
 def test_a_layer_that_hangs_on_the_responses_says_so():
-    changes = np.array([2.0, 2.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0])  # the fourth is either
+    changes = np.array([2.0, 2.0, 2.0, 0.5, 0.25, -0.25, 0.25, -0.25])  # the fourth is either
     found = recommend(
         np.ones(30),
         moments(changes, spread=0.3).mean[COLUMN],
