@@ -1,10 +1,11 @@
 """What the adapters count on in pipelines that cannot be installed beside them, read from sources.
 
-    python tools/record_signatures.py slime=PATH verl=PATH nemo_rl=PATH
+    python tools/record_signatures.py slime=PATH verl=PATH nemo_rl=PATH megatron_lm=PATH
 
-Each PATH is a git checkout. Written are the commit and, by file, the parameters of the functions
-that adapters override or that call them, the arguments of the calls themselves, and the options and
-attributes that they read. Nothing is imported and no code is copied.
+Each PATH is a git checkout; megatron_bridge is another such name. Written are the commit and, by
+file, the parameters of the functions that adapters override or that call them, the arguments of the
+calls themselves, and the options and attributes that they read. Nothing is imported and no code is
+copied.
 """
 
 from __future__ import annotations
@@ -94,6 +95,39 @@ QUESTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
         "nemo_rl/distributed/ray_actor_environment_registry.py": {
             "attributes": ["ACTOR_ENVIRONMENT_REGISTRY", "MCORE_EXECUTABLE"]
         },
+    },
+    "megatron_lm": {
+        "gpt_builders.py": {"functions": ["gpt_builder"]},
+        "model_provider.py": {"calls": ["model_builder"]},
+        "megatron/training/training.py": {"attributes": ["curr_iteration", "perform_rl_step"]},
+        "megatron/training/arguments.py": {
+            "attributes": [
+                "rl_training_cuda_graphs",
+                "optimizer_cpu_offload",
+                "use_torch_fsdp2",
+                "use_megatron_fsdp",
+            ],
+            "strings": ["--grpo-iterations", "--grpo-prompts-per-step", "--grpo-group-size"],
+        },
+        "megatron/training/models/base.py": {"attributes": ["pre_wrap_hooks"]},
+        "megatron/core/optimizer/optimizer_config.py": {"attributes": ["optimizer_cuda_graph"]},
+        "megatron/core/inference/utils.py": {"functions": ["InferenceMode.is_active"]},
+        "megatron/rl/rl_utils.py": {
+            "functions": ["get_grpo_data_iterator"],
+            "attributes": [
+                "last_collection_iteration",
+                "rl_inference_logprobs_is_correction",
+                "grpo_prompts_per_step",
+                "grpo_group_size",
+                "global_batch_size",
+            ],
+        },
+    },
+    "megatron_bridge": {
+        "src/megatron/bridge/models/model_provider.py": {
+            "functions": ["ModelProviderMixin.register_pre_wrap_hook"]
+        },
+        "src/megatron/bridge/training/setup.py": {"attributes": ["pre_wrap_hooks"]},
     },
 }
 

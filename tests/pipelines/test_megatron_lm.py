@@ -1,39 +1,42 @@
-"""Megatron-LM's RL calls a builder, and asks nothing else of us; see megatron_lm.yaml."""
+"""Megatron-LM's RL calls a builder, and asks nothing else of us; see signatures.json."""
 
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from megatron_bupo.errors import InputError
 from megatron_bupo.pipelines import controller, megatron_lm
 from megatron_bupo.pipelines.megatron_lm import BupoBuilder, PhaseSchedule
 from tests.pipelines.tiny_gpt import known_gpt
 from tests.ranks import run_ranks
+from tools.record_signatures import RECORD
 
-RECORD = yaml.safe_load((Path(__file__).parent / "megatron_lm.yaml").read_text())
+RECORDED = json.loads(RECORD.read_text())["megatron_lm"]["files"]
+KNOWN = {name for file in RECORDED.values() for name in file.get("attributes", ())}
 SCHEDULE = PhaseSchedule.of([(2, 2)])
 
 
 def _args(**changed: Any) -> SimpleNamespace:
-    """All arguments that Megatron-LM is known to have, as a run of GRPO sets them."""
-    names = dict.fromkeys(RECORD["arguments"], False)
-    sizes = dict(zip(RECORD["collection"], (2, 8, 4, 16), strict=True))
-    return SimpleNamespace(**names | sizes | {"perform_rl_step": True} | changed)
+    """Arguments of a run of GRPO: all that we know Megatron-LM to have."""
+    sizes = {"grpo_prompts_per_step": 8, "grpo_group_size": 4, "global_batch_size": 16}
+    settings = {"perform_rl_step": True, "grpo_iterations": 2, **sizes}
+    unset = dict.fromkeys(KNOWN - {"curr_iteration"}, False)
+    return SimpleNamespace(**unset | settings | changed)
 
 
 def test_the_builder_is_called_as_recorded():
     parameters = inspect.signature(BupoBuilder.__call__).parameters
-    assert list(parameters)[1:] == RECORD["builder"]
-    optional = [n for n, p in parameters.items() if p.default is not inspect.Parameter.empty]
-    assert optional == RECORD["may_be_left_out"]
-    assert set(megatron_lm.REFUSED) <= set(RECORD["arguments"])
+    [call] = RECORDED["model_provider.py"]["calls"]["model_builder"]
+    named = call.replace("config=config", "config").replace("pg_collection=pg_", "pg_")
+    assert ", ".join(parameters) == f"self, {named}"
+    assert RECORDED["gpt_builders.py"]["functions"]["gpt_builder"] == named
+    assert set(megatron_lm.REFUSED) <= KNOWN
 
 
 def _build(args: SimpleNamespace) -> tuple[Any, Any, BupoBuilder]:
@@ -57,7 +60,7 @@ def _through_a_run() -> list[str]:
     model, computed, _ = _build(args)
     seen = [computed(model)]
     for iteration in range(0, 17, 2):  # two passes over 32 responses, 16 at a time, are a step
-        setattr(args, RECORD["iteration"], iteration)
+        args.curr_iteration = iteration
         seen.append(computed(model))
     return seen
 
@@ -88,7 +91,8 @@ def _while_serving() -> list[str]:
 
 
 def test_an_inference_engine_serves_the_full_policy():
-    assert "is_active" in RECORD["inference_mode"]
+    known = RECORDED["megatron/core/inference/utils.py"]["functions"]
+    assert known["InferenceMode.is_active"] == "cls"
     assert run_ranks(1, _while_serving) == [["internal layer 2", "full", "internal layer 2"]]
 
 
