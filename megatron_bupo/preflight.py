@@ -23,6 +23,7 @@ from megatron_bupo.config.checks import check, check_against_model
 from megatron_bupo.config.critic_rules import check_critic_against_model, refuse_critic_of_unknown
 from megatron_bupo.config.layout import Layout
 from megatron_bupo.config.schema import Config
+from megatron_bupo.config.tracker_rules import check_installed
 from megatron_bupo.errors import InputError
 from megatron_bupo.guard import Watch, check_baseline
 from megatron_bupo.hf.architecture import (
@@ -54,6 +55,7 @@ class Preflight:
 def preflight(config: Config, world_size: int | None) -> Preflight:
     """Check everything; `world_size` ranks under torchrun, None where we start the ranks."""
     layout = check(config, world_size)
+    check_installed(config)
     architecture = check_files(config)
     critic = check_critic(config)
     notes = check_data(config)

@@ -37,6 +37,7 @@ from megatron_bupo.config.rollout_rules import check_rollout, check_sequences
 from megatron_bupo.config.schema import AUTO, Config
 from megatron_bupo.config.server_rules import check_servers
 from megatron_bupo.config.timeouts import check_timeouts
+from megatron_bupo.config.tracker_rules import check_trackers
 from megatron_bupo.errors import InputError
 
 __all__ = ["Layout", "check", "check_against_model", "doubts", "parallel_sizes"]
@@ -147,6 +148,7 @@ def check(
     check_evaluation(config)
     check_data(config, training=training)
     check_debug(config)
+    check_trackers(config)
     refuse_owned_keys(config.megatron)
     layout = parallel_sizes(config, world_size)
     if training:

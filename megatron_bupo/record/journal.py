@@ -17,6 +17,7 @@ from megatron_bupo.config.schema import Config
 from megatron_bupo.record.console import Display
 from megatron_bupo.record.metrics import MetricsLog, read_metrics
 from megatron_bupo.record.rollout_files import Learned, write_rollouts
+from megatron_bupo.record.trackers import TrackerProcess, start_trackers
 from megatron_bupo.types import Grade, RolloutGroup
 
 ACTIVITIES = {  # name in time/..._s: what the display says
@@ -47,6 +48,8 @@ class Journal:
 
     def __init__(self, run_dir: Path, config: Config, *, first_step: int, speaks: bool) -> None:
         self._log = None
+        self._trackers: list[TrackerProcess] = []
+        self._finished = False
         self._run_dir = run_dir
         self._dumps = config.debug.dump_rollouts or config.debug.rollout_only
         history = []
@@ -54,6 +57,7 @@ class Journal:
             tensorboard = config.logging.tensorboard
             self._log = MetricsLog(run_dir, first_step=first_step, tensorboard=tensorboard)
             history = read_metrics(run_dir)
+            self._trackers = start_trackers(config, first_step=first_step)
         self.display = Display(
             config.steps,
             title=str(run_dir),
@@ -70,6 +74,9 @@ class Journal:
 
     def __exit__(self, *error: object) -> None:
         self.display.__exit__(*error)  # type: ignore[arg-type]
+        for tracker in self._trackers:
+            for told in tracker.close(finished=self._finished):
+                self.say(told)
         if self._log is not None:
             self._log.close()
 
@@ -87,6 +94,9 @@ class Journal:
         metrics, self._metrics = self._metrics, {}
         if self._log is not None:
             self.display.step_done(self._log.write(step, policy, metrics))
+        for tracker in self._trackers:
+            for told in tracker.step_done():
+                self.say(told)
 
     @contextmanager
     def doing(self, activity: str) -> Iterator[None]:
@@ -121,6 +131,7 @@ class Journal:
 
     def conclude(self, text: str) -> None:
         """The last words, below the display."""
+        self._finished = True
         self.display.__exit__(None, None, None)
         self.say(text)
 

@@ -75,10 +75,8 @@ class MetricsLog:
 
     def _show(self, step: int, record: dict[str, Any]) -> None:
         assert self._board is not None
-        for key, value in record.items():
-            if "/" in key:
-                self._board.add_scalar(key, value, step)
-        self._board.add_scalar("policy/internal_layer", internal_layer(record) or 0, step)
+        for key, value in numbers(record).items():
+            self._board.add_scalar(key, value, step)
         if record["policy"] != self._shown_policy:
             self._board.add_text("policy", record["policy"], step)
             self._shown_policy = record["policy"]
@@ -89,6 +87,14 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The records of a run, in order of step; what was not finite reads as NaN."""
     records = [json.loads(line) for line in whole_lines(Path(run_dir) / FILE)]
     return [{k: math.nan if v is None else v for k, v in record.items()} for record in records]
+
+
+def numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """What trackers are told of a step: its metrics, and the layer whose policy it trained (0: the
+    full policy).
+    """
+    known = {k: math.nan if v is None else v for k, v in record.items() if "/" in k}
+    return {**known, "policy/internal_layer": float(internal_layer(record) or 0)}
 
 
 def internal_layer(record: Mapping[str, Any]) -> int | None:

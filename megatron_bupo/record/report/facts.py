@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from megatron_bupo.config.load import HIDDEN, flatten
+from megatron_bupo.config.load import flatten
 from megatron_bupo.config.schema import Config
+from megatron_bupo.config.tracker_rules import shareable
 from megatron_bupo.record.figure import phases
 from megatron_bupo.record.metrics import INTERNAL
 from megatron_bupo.record.report.curves import (
@@ -25,10 +25,6 @@ from megatron_bupo.record.report.runs import RunRecord
 from megatron_bupo.record.summary import ENDS, FULL_NATS, METHODS
 
 ACCURACY = "eval/accuracy_mean"
-# A page is passed on: what may be a key or a password stays where it is
-SECRET = re.compile(r"(?i)(^|\.)servers\.env\.|api_?key|secret|password|credential|(?<!_)token$")
-
-CREDENTIALS = re.compile(r"//[^/@\s]+@")  # in an address
 
 
 @dataclass(frozen=True)
@@ -156,10 +152,8 @@ def differences(shown: Sequence[Shown]) -> list[tuple[str, list[str]]]:
 def _shown(run: RunRecord, key: str, defaults: Mapping[str, Any]) -> str:
     if run.settings is None:
         return ""
-    value = _plain(run.settings.get(key, defaults.get(key, "")))
-    if value and SECRET.search(key):
-        return HIDDEN
-    return CREDENTIALS.sub(f"//{HIDDEN}@", value)
+    value = run.settings.get(key, defaults.get(key, ""))
+    return _plain(shareable({key: value})[key])
 
 
 def _plain(value: Any) -> str:
