@@ -141,6 +141,7 @@ def test_what_another_job_has_left_is_begun_anew(
     assert files(tmp_path / "hf") == files(model_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", ["run_dir", "newest checkpoint"])
 def test_a_training_checkpoint_becomes_the_model_that_the_run_leaves(
     whole: str, finished: Path, tmp_path: Path
@@ -280,6 +281,7 @@ def test_what_stands_at_out_is_replaced_when_asked_for_and_a_checkpoint(
     assert "are one inside the other" in inside.err
 
 
+@pytest.mark.slow
 def test_two_conversions_to_one_place_are_refused(converted: Path, tmp_path: Path):
     out = tmp_path / "out"
     with hold(tmp_path / ".out.partial"):
@@ -289,6 +291,7 @@ def test_two_conversions_to_one_place_are_refused(converted: Path, tmp_path: Pat
     assert to_hf(converted, out).code == 0
 
 
+@pytest.mark.slow
 def test_values_that_are_no_numbers_are_told_of_and_a_cast_that_makes_some_is_refused(
     tiny_model_dir: Callable[..., Path], tmp_path: Path
 ):

@@ -176,6 +176,7 @@ def without_hicra(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if not name.startswith("hicra/")}
 
 
+@pytest.mark.slow
 def test_a_placebo_weighs_as_many_other_tokens_of_each_response(
     bed: Bed, grams: Path, tmp_path: Path
 ):
@@ -207,6 +208,7 @@ def test_entropies_that_the_engine_tells_stand_at_their_tokens_and_some_are_none
     assert sampled_entropies(batch, untold) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_the_most_uncertain_tokens_are_those_of_the_full_policy_in_every_phase(
     bed: Bed, tmp_path: Path, minibatches: int

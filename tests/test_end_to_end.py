@@ -76,6 +76,7 @@ def test_the_trainer_and_the_engine_agree_on_the_full_policy(finished: Path):
     assert max(gaps[:1] + gaps[3:]) < 1e-5
 
 
+@pytest.mark.slow
 def test_they_are_compared_in_the_internal_phase_as_often_as_asked(bed: Bed, tmp_path: Path):
     asked = [*ONE_PROCESS, *SHORT, "steps=5", "bupo.internal_steps=5", "debug.mismatch_every=2"]
     done = run("train", *bed.settings(tmp_path, *asked))
@@ -124,6 +125,7 @@ def test_no_internal_steps_is_grpo_to_the_bit(bed: Bed, tmp_path: Path):
         assert_same_run(tmp_path / "plain", tmp_path / name)
 
 
+@pytest.mark.slow
 def test_what_happens_to_the_optimizer_at_the_switch_tells_runs_apart(bed: Bed, tmp_path: Path):
     short = [*ONE_PROCESS, *SHORT, "steps=3", "bupo.internal_steps=2"]
     runs = {
@@ -156,6 +158,7 @@ def test_a_run_does_not_depend_on_its_layout(
     )
 
 
+@pytest.mark.slow
 def test_stages_train_one_layer_after_the_other(bed: Bed, tmp_path: Path):
     stages = "bupo.stages=[{layer:2,steps:2},{layer:4,steps:2}]"
     unset = ["bupo.target_layer=null", "bupo.internal_steps=0"]
@@ -165,6 +168,7 @@ def test_stages_train_one_layer_after_the_other(bed: Bed, tmp_path: Path):
     )
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_and_is_written_as_such(bed: Bed, tmp_path: Path):
     lines = bed.train(tmp_path, *SHORT, "steps=4", "model.dtype=bfloat16")
     assert all(math.isfinite(line["update/grad_norm"]) for line in lines)

@@ -61,6 +61,7 @@ def test_it_resumes_to_the_bit_before_at_and_after_the_switch(
     assert all(torch.equal(again[name], tensor) for name, tensor in undisturbed.items())
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_in_the_internal_phase_leaves_the_whole_model(
     bed: Bed, own: Path, tmp_path: Path
 ):
@@ -72,6 +73,7 @@ def test_a_run_that_ends_in_the_internal_phase_leaves_the_whole_model(
     assert initial.keys() == left.keys()
 
 
+@pytest.mark.slow
 def test_servers_of_other_weights_get_those_of_the_layers_that_the_actor_does_not_hold(
     bed: Bed, tmp_path: Path
 ):

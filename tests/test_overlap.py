@@ -44,6 +44,7 @@ def rollouts(run_dir: Path, step: int) -> list[RecordedRollout]:
     return read_rollouts(run_dir / "rollouts" / f"step-{step:06d}.jsonl")
 
 
+@pytest.mark.slow
 def test_full_steps_are_begun_one_step_early_and_internal_and_resumed_ones_are_on_policy(
     overlapped: Path,
 ):

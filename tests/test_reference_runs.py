@@ -38,6 +38,7 @@ def assert_measured(lines: list[dict[str, Any]]) -> None:
     assert [gap < 1e-5 for gap in gaps] == [True, False, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "estimator", "passed"),
     [("loss", "k3", {"time/ref_logprobs_s"}), ("reward", "k1", PASSES)],

@@ -108,6 +108,7 @@ def test_torchrun_killed_leaves_no_rank_and_local_ranks_go_on(bed: Bed, tmp_path
     assert "resuming at step " in done.out
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_writes_a_checkpoint(bed: Bed, finished: Path, tmp_path: Path):
     for step in (2, 3, 4, 5):  # it takes a twentieth of a second: the kill may come too late
         partial = tmp_path / "checkpoints" / f".step_{step:06d}.partial"
@@ -164,6 +165,7 @@ def test_a_run_that_stopped_before_its_last_export_makes_it(
     assert_same_run(tmp_path / "run", finished)
 
 
+@pytest.mark.slow
 def test_a_run_may_be_extended(bed: Bed, finished: Path, tmp_path: Path):
     bed.train(tmp_path, "steps=4")
     done = run("train", *bed.settings(tmp_path))
@@ -172,6 +174,7 @@ def test_a_run_may_be_extended(bed: Bed, finished: Path, tmp_path: Path):
     assert_same_run(tmp_path, finished)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_which_settings_have_changed(bed: Bed, stopped: Path):
     changed = ["optimizer.lr=1e-5", "bupo.internal_steps=2", "megatron.recompute_granularity=full",
                "megatron.recompute_method=uniform", "megatron.recompute_num_layers=1"]  # fmt: skip
@@ -240,6 +243,7 @@ def test_a_directory_that_a_run_is_using_is_refused(bed: Bed, finished: Path, tm
     assert running.kill().err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_run_that_is_preempted_saves_what_it_learned_and_goes_on_to_the_same_numbers(
@@ -314,6 +318,7 @@ def test_a_run_that_is_told_to_stop_before_its_first_checkpoint_says_so(bed: Bed
     assert done.err == "stopped before the first checkpoint; the same command starts anew\n"
 
 
+@pytest.mark.slow
 def test_a_grader_that_is_killed_does_not_stop_the_run(bed: Bed, finished: Path, tmp_path: Path):
     running = start("train", *bed.settings(tmp_path))
     wait_until((tmp_path / "checkpoints" / "step_000001").exists, running)
@@ -327,6 +332,7 @@ def test_a_grader_that_is_killed_does_not_stop_the_run(bed: Bed, finished: Path,
     assert lost <= len(graders)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finite_stops_and_goes_on_from_its_checkpoint_once_it_is(
     bed: Bed, stopped: Path, finished: Path, tmp_path: Path
 ):

@@ -39,6 +39,7 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "absent"),
     [
@@ -67,6 +68,7 @@ def test_phase_cost_writes_a_row_per_depth_relative_to_the_full_one(
         assert row["forward_backward_ms"] <= row["update_ms"]
 
 
+@pytest.mark.slow
 def test_phase_cost_counts_what_a_dumber_count_finds(tmp_path: Path):
     from tools.bench_phase_cost import main
 
@@ -248,6 +250,7 @@ def test_peers_compute_the_same_loss_and_are_measured_beside_ours(tmp_path: Path
                 assert row[f"{name}_ratio"] == row[name] / race[OURS][name]
 
 
+@pytest.mark.slow
 def test_internal_layout_tells_what_either_way_takes(tmp_path: Path):
     from tools.bench_internal_layout import QUANTITIES, main
 
@@ -266,6 +269,7 @@ def test_internal_layout_tells_what_either_way_takes(tmp_path: Path):
 FAKE_SERVER = [f"--python={sys.executable}", f"servers.env.PYTHONPATH={FAKE}"]
 
 
+@pytest.mark.slow
 def test_a_weight_sync_moves_what_a_dumber_count_finds(tmp_path: Path):
     from tools.bench_weight_sync import main
 
@@ -287,6 +291,7 @@ def test_a_weight_sync_moves_what_a_dumber_count_finds(tmp_path: Path):
     assert report["most_bytes"] == 3 / 7 * full + 4 * vocab * hidden
 
 
+@pytest.mark.slow
 def test_the_client_and_the_raw_server_answer_the_same_requests(tmp_path: Path):
     from tools.bench_rollout import OURS, RAW, main
 

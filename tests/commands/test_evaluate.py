@@ -263,6 +263,7 @@ def test_bad_input_is_one_line_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_training_evaluates_the_same_suite_to_the_bit(bed: Bed, suite: Path, tmp_path: Path):
     run_dir, out = tmp_path / "run", tmp_path / "out"
     recipe = tmp_path / "recipe.yaml"

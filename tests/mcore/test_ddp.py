@@ -205,6 +205,7 @@ def _weights_after_a_restart(model_dir: Path, run_dir: Path) -> tuple[dict, dict
     return snapshot(trainer), snapshot(restarted)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_many_buckets_restores_every_shard(model_dir: Path, tmp_path: Path):
     """Where there is padding between them, as on the first stage here."""
     for expected, got in run_ranks(4, _weights_after_a_restart, model_dir, tmp_path):

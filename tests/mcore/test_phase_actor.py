@@ -203,6 +203,7 @@ def _tensor_bytes() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "distributed", [False, True], ids=["plain optimizer", "distributed optimizer"]
 )

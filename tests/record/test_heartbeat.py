@@ -187,6 +187,7 @@ def test_a_run_leaves_nothing_of_it(finished: Path):
     assert not {"ranks", "stall.txt"} & {path.name for path in finished.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_in_its_grader_says_so_and_goes_on(bed: Bed, tmp_path: Path):
     (tmp_path / "thoughtful.py").write_text(THOUGHTFUL)
     reward = [f"reward.function={tmp_path / 'thoughtful.py'}:reward", "reward.timeout_s=9"]

@@ -120,6 +120,7 @@ def test_a_failure_costs_its_own_rollout_the_reward_and_no_other(
     assert (first, last, other) == (Grade(1.0),) * 3
 
 
+@pytest.mark.slow
 def test_every_hanging_rollout_costs_about_one_time_limit(grader) -> None:
     grader.grade([group("7")])
     started = time.monotonic()
@@ -183,6 +184,7 @@ def test_what_a_killed_function_has_started_is_killed_with_it(grader, tmp_path) 
     assert ends_soon(int(note.read_text()))
 
 
+@pytest.mark.slow
 def test_the_process_dies_with_a_killed_trainer_though_stuck_in_c(functions, tmp_path) -> None:
     note = tmp_path / "pid"
     functions.write_text(

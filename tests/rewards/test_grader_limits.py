@@ -65,6 +65,7 @@ def test_what_a_function_keeps_is_given_back_before_it_costs_anybody_a_reward(
     assert grades[0].reward != grades[-1].reward  # another process
 
 
+@pytest.mark.slow
 def test_a_long_batch_gets_more_processes_and_keeps_its_order(function: str) -> None:
     grader = Grader(RewardConfig(function, processes=4))
     groups = [group("wait", "pid", index=i) for i in range(16)]

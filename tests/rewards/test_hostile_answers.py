@@ -73,6 +73,7 @@ def grades() -> list[tuple[str, str, Grade]]:
     return [(g.rollouts[0].text, g.prompt.answer, grade) for g, its in pairs for grade in its]
 
 
+@pytest.mark.slow
 def test_every_hostile_response_gets_a_number_in_range_or_a_warning(grades) -> None:
     ranges = {"format": (0, 1), "repetition": (-1, 0), "overlong": (-1, 0), "length": (-1, 0)}
     for _, _, grade in grades:

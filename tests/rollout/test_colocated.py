@@ -14,6 +14,7 @@ from tests.rollout.contract import PROMPTS, SAMPLING, bench_of, make_model, on
 from tests.rollout.fake import fake_server
 
 
+@pytest.mark.slow
 def test_a_server_rests_while_the_trainer_works_and_wakes_with_the_weights_that_it_had(
     tiny_model_dir: Callable[..., Path], tmp_path: Path
 ):

@@ -171,6 +171,7 @@ def test_an_update_that_never_reached_the_weights_is_found_by_their_checksums(
         b.check(b.engine.generate(PROMPTS, SAMPLING), SAMPLING, oldest=2)
 
 
+@pytest.mark.slow
 def test_no_server_left_is_an_error_that_says_why(start: Start, bench: BenchOf):
     fake = start(seconds_per_token=0.01)
     with bench([fake], "servers.attempts=2") as b:
@@ -257,6 +258,7 @@ def test_an_api_key_opens_the_server_and_a_wrong_one_is_named(start: Start, benc
         pass
 
 
+@pytest.mark.slow
 def test_a_release_without_sessions_and_spans_is_driven_too(start: Start, bench: BenchOf):
     fake = start(version="0.5.10", seconds_per_token=0.01)
     with bench([fake], "sync.mode=http") as b:
@@ -276,6 +278,7 @@ def test_a_release_that_is_not_spoken_is_refused_by_name(start: Start, bench: Be
         pass
 
 
+@pytest.mark.slow
 def test_equal_seeds_draw_equal_responses_on_any_number_of_deterministic_servers(
     start: Start, bench: BenchOf
 ):
