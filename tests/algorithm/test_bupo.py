@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from megatron_bupo.algorithm.bupo import (
     FULL,
     FullPolicy,
@@ -54,3 +56,12 @@ def test_the_read_out_is_part_of_the_policy():
 
 def test_depth_is_what_a_policy_runs():
     assert [depth_of(policy, 36) for policy in (FULL, InternalLayerPolicy(6))] == [36, 6]
+
+
+@pytest.mark.parametrize("end", range(8))
+def test_a_schedule_that_is_left_trains_the_full_policy_from_there(end: int):
+    schedule = PhaseSchedule.of([(2, 2), (5, 3)], resting_steps=1)
+    left = schedule.until(end)
+    assert _names(left, 9) == _names(schedule, end) + ["full"] * (9 - end)
+    assert left.begins_at(end) == (0 < end <= 6)
+    assert schedule.until(None) == schedule
