@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,17 @@ needs_the_bridge = pytest.mark.skipif(
 )
 
 
+def _plain_layers(config: Any, **_: Any) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    return get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+
+
 def _score(model_dir: Path, layout: dict[str, int]) -> list[Tensor]:
-    from tests.mcore.test_bridge import bridge  # with an empty Transformer Engine
+    importlib.import_module("tests.mcore.test_bridge")  # with an empty Transformer Engine
+    from examples.megatron_bridge_bupo import build
 
     scores.join(layout)
-    provider = bridge.AutoBridge.from_hf_pretrained(str(model_dir)).to_megatron_provider()
     settings = {
         "tensor_model_parallel_size": layout["tp"],
         "pipeline_model_parallel_size": layout["pp"],
@@ -48,14 +55,9 @@ def _score(model_dir: Path, layout: dict[str, int]) -> list[Tensor]:
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
-        "transformer_layer_spec": bridge._plain_layers,
+        "transformer_layer_spec": _plain_layers,
     }
-    for name, value in settings.items():
-        setattr(provider, name, value)
-    provider.finalize()
-    controller = follow(provider, scores.SCHEDULE)
-    chunks: list[Any] = provider.provide_distributed_model(wrap_with_ddp=False, bf16=False)
-    return scores.by_model(chunks, controller)
+    return scores.by_model(*build(str(model_dir), scores.SCHEDULE, **settings))
 
 
 @needs_the_bridge

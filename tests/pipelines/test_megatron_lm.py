@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -131,3 +134,17 @@ def _other_model() -> str:
 
 def test_a_model_that_is_no_gpt_is_refused():
     assert "Linear: is no Megatron-Core GPTModel" in run_ranks(1, _other_model)[0]
+
+
+def test_the_example_adds_two_lines_to_the_recorded_sources(tmp_path: Path):
+    patch = Path(__file__).parents[2] / "examples" / "megatron_lm_bupo.patch"
+    lines = patch.read_text().splitlines()
+    added = [line for line in lines if line.startswith("+") and not line.startswith("+++")]
+    assert len(added) == 2
+    assert "megatron_bupo.pipelines.megatron_lm import BupoBuilder, PhaseSchedule" in added[0]
+    if "MEGATRON_LM_SOURCE" not in os.environ:
+        pytest.skip("MEGATRON_LM_SOURCE names no checkout that the example could be applied to")
+    source = Path(os.environ["MEGATRON_LM_SOURCE"]) / "train_rl.py"
+    (tmp_path / "train_rl.py").write_text(source.read_text())
+    subprocess.run(["git", "apply", str(patch)], cwd=tmp_path, check=True)
+    compile((tmp_path / "train_rl.py").read_text(), "train_rl.py", "exec")
