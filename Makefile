@@ -7,6 +7,9 @@ RUN_DIR ?= runs/demo
 SGLANG_PYTHON ?= python3.11
 SGLANG_VENV ?= .venv-sglang
 
+# So has NeMo-Run, which only starts runs and needs nothing of the trainer's.
+LAUNCH_VENV ?= .venv-launch
+
 # Tests run side by side in this many processes, files whole and in order: those of the actor, which
 # fork ranks, before those that leave connections to servers behind.
 WORKERS ?= 2
@@ -20,7 +23,7 @@ PIP = $(BIN)/pip install -qq $(addprefix --constraint ,$(PINS))
 # One thread per process: the processes of a run and of a test share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-wide test-fast test-sglang check install install-dev install-sglang clean
+.PHONY: help demo test test-wide test-fast test-sglang test-slurm check install install-dev install-sglang install-launch clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +32,7 @@ help:
 	@echo "make test-wide  those"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make test-sglang  the tests against real SGLang servers, on a CPU (1.9 GB to install)"
+	@echo "make test-slurm   the tests of launching, on a real two-node Slurm here where that can be (root)"
 	@echo "make check      format, lint, types and house rules, as CI runs them"
 	@echo "make clean      remove virtual environments and caches (never runs/)"
 	@echo ""
@@ -49,7 +53,13 @@ test-fast: install-dev
 
 test-sglang: install-dev install-sglang
 	@MEGATRON_BUPO_SGLANG_PYTHON=$(abspath $(SGLANG_VENV)/bin/python) \
-		$(BIN)/python -m pytest -m real --ignore=tests/smollm2
+		$(BIN)/python -m pytest -m real --ignore=tests/smollm2 --ignore=tests/slurm
+
+test-slurm: install-dev install-launch
+	@command -v slurmctld >/dev/null || tools/slurm_here.sh install || \
+		echo "Debian's Slurm cannot be installed here: its tests are skipped"
+	@MEGATRON_BUPO_LAUNCH_PYTHON=$(abspath $(LAUNCH_VENV)/bin/python) \
+		$(BIN)/python -m pytest tests/launch tests/slurm
 
 check: install-dev
 	@$(BIN)/ruff format --check .
@@ -60,6 +70,7 @@ check: install-dev
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 install-sglang: $(SGLANG_VENV)/.installed
+install-launch: $(LAUNCH_VENV)/.installed
 
 # torch comes first and alone, so that nothing else decides which build of it is taken.
 $(VENV)/.installed: setup.py $(PINS)
@@ -86,6 +97,13 @@ $(SGLANG_VENV)/.installed: constraints/sglang.txt
 			--extra-index-url https://download.pytorch.org/whl/cpu
 	@touch $@
 
+# skypilot asks for an older click than others here do, and works with it.
+$(LAUNCH_VENV)/.installed: constraints/launch.txt
+	@echo "Installing NeMo-Run into $(LAUNCH_VENV) (a minute, once)"
+	@$(PYTHON) -m venv $(LAUNCH_VENV)
+	@$(LAUNCH_VENV)/bin/pip install -qq --requirement $<
+	@touch $@
+
 clean:
-	rm -rf .venv .venv312 .venv-sglang build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv312 .venv-sglang .venv-launch build *.egg-info .pytest_cache .ruff_cache
 	find megatron_bupo tools tests examples -name __pycache__ -prune -exec rm -rf {} +

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -44,12 +43,12 @@ def run(args: Namespace) -> None:
     if cluster.kind == "local":
         _on_this_machine(launch, parts, detach=args.detach)
         return
-    watched = cluster.kind == "slurm" or args.detach
-    submitted = nemo.submit(launch, parts, wait=not watched)
-    launched = record.Launched.of(launch, parts, submitted)
-    record.write(launch.run_dir, launched)
-    asked = f"megatron-bupo status|logs|cancel {launch.config.run_dir}"
-    print(f"job {submitted.job}; ask by: {asked}", flush=True)
+    watched = (cluster.kind == "slurm" and cluster.in_place) or args.detach
+    with nemo.submitted(launch, parts, wait=not watched) as submitted:
+        launched = record.Launched.of(launch, parts, submitted)
+        record.write(launch.home, launched)
+        asked = f"megatron-bupo status|logs|cancel {_shown(launch)}"
+        print(f"job {submitted.job}; ask by: {asked}", flush=True)
     if watched and not args.detach:
         _follow(launch, launched)
 
@@ -107,26 +106,25 @@ def _described(launch: Launch, parts: list[Role]) -> str:
 def _refuse_a_second(launch: Launch) -> None:
     """A run directory belongs to one job at a time."""
     try:
-        before = record.read(launch.run_dir)
+        before = record.read(launch.home)
     except InputError:
         return
-    state = jobs.state(before, launch.run_dir)
+    state = jobs.state(before, launch.home)
     if not jobs.is_over(state):
         raise InputError(
             f"run_dir={launch.config.run_dir}",
             f"job {before.job} is at work there ({state})",
-            f"wait for it, or: megatron-bupo cancel {launch.config.run_dir}",
+            f"wait for it, or: megatron-bupo cancel {_shown(launch)}",
         )
 
 
 def _on_this_machine(launch: Launch, parts: list[Role], *, detach: bool) -> None:
     """Run it here; `detach`: in a process of its own, which outlives this one."""
     run_dir = launch.run_dir
-    submitted = nemo.Submitted(experiment="", job=f"on {os.uname().nodename}")
     if not detach:
-        record.write(run_dir, record.Launched.of(launch, parts, submitted))
         node_file(run_dir).unlink(missing_ok=True)
-        nemo.submit(launch, parts, wait=True)
+        with nemo.submitted(launch, parts, wait=True) as submitted:
+            record.write(run_dir, record.Launched.of(launch, parts, submitted))
         _ended(jobs.exit_code(run_dir), run_dir)
         return
     launch_dir(run_dir).mkdir(parents=True, exist_ok=True)
@@ -145,7 +143,15 @@ def _on_this_machine(launch: Launch, parts: list[Role], *, detach: bool) -> None
         if process.poll() is not None or time.monotonic() > deadline:
             raise RunStopped(f"it did not start; see {launch_dir(run_dir) / 'launch.log'}")
         time.sleep(0.1)
-    print(f"ask by: megatron-bupo status|logs|cancel {launch.config.run_dir}")
+    print(f"ask by: megatron-bupo status|logs|cancel {_shown(launch)}")
+
+
+def _shown(launch: Launch) -> str:
+    """What it is asked for by."""
+    home = launch.home
+    return str(
+        home.relative_to(launch.directory) if home.is_relative_to(launch.directory) else home
+    )
 
 
 def _follow(launch: Launch, launched: record.Launched) -> None:

@@ -28,8 +28,11 @@ def run(args: Namespace) -> None:
         world = launched.nodes * launched.processes_per_node
         way_out = f"ranks count from 0 to {world - 1}; has the job started? See `status`"
         raise InputError(args.run_dir, f"there is no log{named}", way_out)
-    for log in found:
-        _show(log, _new(log, {})[1][-args.lines :], several=len(found) > 1)
+    ends = [(log, _new(log, {})[1][-args.lines :]) for log in found]
+    for log, lines in ends:
+        _show(log, lines, several=len(found) > 1)
+    if not any(lines for _, lines in ends):
+        print("nothing was said yet in " + ", ".join(str(log.path) for log in found))
 
 
 def follow(launched: record.Launched, run_dir: Path, *, rank: int | None, lines: int) -> None:

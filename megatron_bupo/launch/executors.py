@@ -10,6 +10,7 @@ where nodes see it, else shipped as it is, with what is not committed.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,8 @@ def _local(launch: Launch, role: Role, native: dict[str, Any], several: bool) ->
     if role.nodes > 1 or several:
         reason = f"the layout asks for {role.nodes} nodes"
         raise InputError("--on local", reason, "raise gpus_per_node, or launch on a cluster")
-    return _made(LocalExecutor, native, env_vars=_environment(launch), packager=Packager())
+    environment = {"PATH": os.environ.get("PATH", ""), **_environment(launch)}  # else none
+    return _made(LocalExecutor, native, env_vars=environment, packager=Packager())
 
 
 def _slurm(launch: Launch, role: Role, native: dict[str, Any], several: bool) -> Any:
@@ -97,7 +99,7 @@ def _slurm(launch: Launch, role: Role, native: dict[str, Any], several: bool) ->
     if ssh:
         tunnel = SSHTunnel(**ssh)
     else:
-        tunnel = LocalTunnel(job_dir=str(launch_dir(launch.run_dir) / "experiments"))
+        tunnel = LocalTunnel(job_dir=str(launch_dir(launch.home) / "experiments"))
     mounts = list(native.pop("container_mounts", []))
     if native.get("container_image") is not None and cluster.in_place:
         seen = dict.fromkeys(map(str, (launch.directory, working_tree(), launch.run_dir)))

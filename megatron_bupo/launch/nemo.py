@@ -16,6 +16,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from megatron_bupo.errors import InputError
@@ -38,7 +39,7 @@ def import_nemo(launch: Launch) -> Any:
     Raises:
         InputError: it is not installed, or does not import beside what is.
     """
-    os.environ["NEMORUN_HOME"] = str(launch_dir(launch.run_dir))
+    os.environ["NEMORUN_HOME"] = str(launch_dir(launch.home))
     try:
         return importlib.import_module("nemo_run")
     except Exception as error:  # leptonai >= 0.47 breaks it by an AttributeError, say
@@ -55,18 +56,32 @@ def script(launch: Launch, roles: Sequence[Role]) -> str:
         experiment.dryrun(log=False, delete_exp_dir=True)
         job = experiment.jobs[0]
         infos = getattr(job, "_dryrun_infos", None) or [job._dryrun_info]
-        text = "\n".join(str(info) for info in infos)
-    for folder in (launch_dir(launch.run_dir), launch.run_dir):
-        _remove_empty(folder)
+        text = "\n".join(_text(info) for info in infos)
+    _remove_empty(launch.home)
     return text
 
 
-def submit(launch: Launch, roles: Sequence[Role], *, wait: bool) -> Submitted:
-    """Hand it over; `wait`: until it has ended, where nobody but this process looks after it."""
+def _text(info: Any) -> str:
+    """What a scheduler would get."""
+    task = getattr(info.request, "task", None)
+    if task is None:
+        return str(info)
+    # NeMo-Run 0.11.1 calls a function that SkyPilot 0.10.3 has moved
+    for module in ("sky.utils.yaml_utils", "sky.utils.common_utils"):
+        with contextlib.suppress(ImportError, AttributeError):
+            return importlib.import_module(module).dump_yaml_str(task.to_yaml_config())
+    return str(task.to_yaml_config())
+
+
+@contextlib.contextmanager
+def submitted(launch: Launch, roles: Sequence[Role], *, wait: bool) -> Iterator[Submitted]:
+    """Hand it over. With `wait` the end of the block is that of the run, where nobody but this
+    process looks after it.
+    """
     with _experiment(launch, roles) as experiment:
         experiment.run(detach=not wait)
         handle = experiment.jobs[0].handle
-        return Submitted(experiment._id, handle.rpartition("/")[2])
+        yield Submitted(experiment._id, handle.rpartition("/")[2])
 
 
 @contextlib.contextmanager
@@ -102,11 +117,9 @@ def _script(run: Any, launch: Launch, role: Role) -> Any:
     return run.Script(module, args=words, entrypoint=launch.cluster.interpreter, m=True)
 
 
-def _remove_empty(folder: Any) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True) if folder.is_dir() else ():
-        if path.name.startswith(".") and path.suffix == ".json":  # NeMo-Run's lists of jobs
-            continue
+def _remove_empty(folder: Path) -> None:
+    """Remove what a dry run has made: directories with nothing in them."""
+    launch = launch_dir(folder)
+    for path in [*sorted(launch.rglob("*"), reverse=True), launch, folder]:
         with contextlib.suppress(OSError):
             path.rmdir()
-    with contextlib.suppress(OSError):
-        folder.rmdir()

@@ -44,6 +44,13 @@ class Launch:
         """Where all of it is written, absolute."""
         return self.directory / expand(self.config.run_dir)
 
+    @property
+    def home(self) -> Path:
+        """Where `status`, `logs` and `cancel` find it on this machine."""
+        if self.cluster.in_place:
+            return self.run_dir
+        return self.directory / "launched" / self.run_dir.name
+
 
 def roles(launch: Launch) -> list[Role]:
     """The trainer, and servers where they have nodes of their own.
