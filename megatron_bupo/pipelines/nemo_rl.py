@@ -1,11 +1,11 @@
 """BuPO inside NeMo-RL: a policy worker whose model knows its phase. In the script that starts it:
 
-    WORKER = "megatron_bupo.pipelines.nemo_rl.BupoPolicyWorker"
     ACTOR_ENVIRONMENT_REGISTRY[WORKER] = MCORE_EXECUTABLE
-    setup(..., policy_factory=partial(Policy, worker_extension_cls_fqn=WORKER))
+    Policy(..., worker_extension_cls_fqn=WORKER)
 
-and `policy.megatron_cfg.env_vars: {BUPO_TARGET_LAYER: "6", BUPO_INTERNAL_STEPS: "30"}` in its
-config. This module is imported in the workers only: the driver's environment has no Megatron.
+where WORKER is "megatron_bupo.pipelines.nemo_rl.BupoPolicyWorker" (examples/nemo_rl_bupo.py), with
+BUPO_TARGET_LAYER and BUPO_INTERNAL_STEPS in its environment, which NeMo-RL hands on. This
+module is imported in the workers only: the driver's environment has no Megatron.
 
 Workers are not told which step it is. But NeMo-RL moves the learning-rate scheduler by one global
 batch for every step, however many updates that has, so its count gives the step, in checkpoints

@@ -26,6 +26,7 @@ from torch import nn
 from megatron_bupo.algorithm.bupo import InternalLayerPolicy, PhaseSchedule, Policy
 from megatron_bupo.errors import InputError
 from megatron_bupo.pipelines.asked import WITHOUT_SAMPLER, enter, schedule_of
+from megatron_bupo.pipelines.chunks import check_schedule
 from megatron_bupo.pipelines.controller import PhaseController, attach
 
 _SAMPLER = "compares with SGLang's log-probs, which are the full policy's"
@@ -55,7 +56,9 @@ _actors: weakref.WeakKeyDictionary[nn.Module, _Actor] = weakref.WeakKeyDictionar
 
 def check(args: Any) -> None:
     """Refuse what cannot work, before there is a model."""
-    policy = _schedule(args).policy_at(_step(args, _first_rollout(args)))
+    schedule = _schedule(args)
+    check_schedule(schedule, args.num_layers)
+    policy = schedule.policy_at(_step(args, _first_rollout(args)))
     for name, (harmless, reason) in REFUSED.items():
         value = getattr(args, name, harmless)
         if isinstance(policy, InternalLayerPolicy) and value != harmless:

@@ -1,6 +1,7 @@
 """Do adapters and stand-ins agree with what was recorded of the pipelines' sources, and do these
 still say what was recorded? For the latter name checkouts: SLIME_SOURCE, VERL_SOURCE,
-NEMO_RL_SOURCE, MEGATRON_LM_SOURCE, MEGATRON_BRIDGE_SOURCE. `tools/record_signatures.py` records them anew.
+NEMO_RL_SOURCE, MEGATRON_LM_SOURCE, MEGATRON_BRIDGE_SOURCE. `tools/record_signatures.py` records
+them anew.
 """
 
 from __future__ import annotations

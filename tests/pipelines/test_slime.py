@@ -9,7 +9,7 @@ import pytest
 
 from megatron_bupo.errors import InputError
 from megatron_bupo.pipelines import slime
-from tests.pipelines.tiny_gpt import known_gpt, tiny_gpt
+from tests.pipelines.tiny_gpt import LAYERS, known_gpt, tiny_gpt
 from tests.ranks import RankError, run_ranks
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def _args(**settings: Any) -> Namespace:
     defaults = {
+        "num_layers": LAYERS,
         "bupo_target_layer": 2,
         "bupo_internal_steps": 2,
         "start_rollout_id": 0,
@@ -93,6 +94,7 @@ def test_the_critic_is_left_alone():
     [
         ({"use_tis": True}, "--use-tis=True: .*internal layer 2.*resume with it"),
         ({"rollout_top_p": 0.9}, "--rollout-top-p=0.9"),
+        ({"bupo_target_layer": 4}, "internal layer 4: the model has 4 layers.*choose a layer of"),
         ({"bupo_target_layer": None}, "bupo_target_layer: is not set"),
         ({"bupo_target_layer": "six"}, "bupo_target_layer=six: is no layer"),
         ({"bupo_internal_steps": 1.5}, "bupo_internal_steps=1.5: is no whole number"),

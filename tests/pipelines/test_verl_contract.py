@@ -1,6 +1,6 @@
 """The engine inside the real verl, on a CPU: skipped where verl is not installed.
 
-    pip install --no-deps -r constraints/verl.txt
+    pip install --no-deps --requirement constraints/verl.txt
     python -m pytest tests/pipelines/test_verl_contract.py
 
 What stands in: Ray, which is only imported; the model, as building verl's own needs Transformer
