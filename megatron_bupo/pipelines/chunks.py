@@ -8,6 +8,7 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from megatron_bupo.algorithm.bupo import InternalLayerPolicy, PhaseSchedule, Policy
 from megatron_bupo.errors import InputError
@@ -57,9 +58,16 @@ def check_wrapper(module: nn.Module) -> None:
         raise InputError(name, reason, "use Megatron-Core's DistributedDataParallel")
 
 
+def check_whole(chunk: GPTModel) -> None:
+    """Refuse parameters that torch's FSDP has cut up, which leaves no wrapper to be seen."""
+    if any(isinstance(p, DTensor) for p in chunk.parameters()):
+        reason = "gathers layers as they run, and waits for the gradients of all"
+        raise InputError("fully_shard", reason, "use Megatron-Core's DistributedDataParallel")
+
+
 def check_chunk(chunk: GPTModel, schedule: PhaseSchedule) -> None:
     """Refuse a model whose internal layers cannot be read out, by the name of what forbids it."""
-    _check_schedule(schedule, int(chunk.config.num_layers))
+    check_schedule(schedule, int(chunk.config.num_layers))
     config: Any = chunk.config
     if is_routed(chunk):
         reason = "has a controller already, or is an actor of megatron_bupo's own"
@@ -86,7 +94,7 @@ def check_graphs(chunk: GPTModel) -> None:
         raise InputError(f"cuda_graph_impl={captured}", reason, "set it to none while training")
 
 
-def _check_schedule(schedule: PhaseSchedule, layers: int) -> None:
+def check_schedule(schedule: PhaseSchedule, layers: int) -> None:
     """Refuse stages that no `layers`-deep model has."""
     for policy, _ in schedule.stages:
         if not isinstance(policy, InternalLayerPolicy):

@@ -165,7 +165,7 @@ class PhaseController:
 
     def _trained_policy(self) -> Policy:
         """What an optimizer that is about to step this model trains."""
-        if self.step is None:
+        if self.step is None and self.schedule.stages:
             reason = "a model with internal phases is about to train, but of which step?"
             raise RuntimeError(f"{reason} call controller.set_step(step) first")
         return self.policy
@@ -178,6 +178,8 @@ class PhaseController:
         self._applied, self._router.policy = state, self.policy
         for wrapper in self._wrappers:
             chunks.check_wrapper(wrapper)
+        for chunk in self._chunks:
+            chunks.check_whole(chunk)
         heights = self._heights().items()
         trained = {p for p, height in heights if chunks.trains(self.policy, height)}
         for ddp in self._ddps:

@@ -196,3 +196,44 @@ def test_exchanges_that_overlap_with_the_passes_change_no_bit(overlap: str, pp: 
     found = run_ranks(2 * pp, _after_a_switch, pp, OVERLAPS[overlap] | small, timeout_s=60)
     for ours, theirs in zip(found, plain, strict=True):
         assert {n for n, p in ours.items() if not torch.equal(p, theirs[n])} == set()
+
+
+def _resumed() -> None:
+    _start()
+    schedule, runs = PhaseSchedule.of([(2, 2)]), []
+    for stop in (None, 1, 3):  # in either phase
+        gpt, chunks, optimizer = _model()
+        controller = attach(chunks, schedule)
+        for step in range(5):
+            if step == stop:
+                kept = gpt.state_dict(), optimizer.state_dict()
+                controller.detach()
+                gpt, chunks, optimizer = _model()
+                gpt.load_state_dict(kept[0])
+                optimizer.load_state_dict(kept[1])
+                controller = attach(chunks, schedule)
+            _step(controller, step, chunks, optimizer)
+        controller.detach()
+        runs.append(_weights(gpt))
+    for other in runs[1:]:
+        assert {n for n, p in runs[0].items() if not torch.equal(p, other[n])} == set()
+
+
+def test_an_optimizers_checkpoint_holds_what_its_layers_have_missed():
+    run_ranks(1, _resumed)
+
+
+def _read_without_a_call() -> bool:
+    _start()
+    gpt, chunks, optimizer = _model(use_distributed_optimizer=True, **OVERLAPS["parameters"])
+    controller = attach(chunks, PhaseSchedule.of([(2, 3)]))
+    _step(controller, 0, chunks, optimizer)
+    gpt.post_process = False  # what reads the unembedding is some fused loss
+    policy_gradient.run(chunks, _batch(0), lambda *_, **__: torch.zeros(()), forward_only=True)
+    read = gpt.output_layer.weight.clone()
+    chunks[0].start_param_sync(force_sync=True)
+    return torch.equal(read, gpt.output_layer.weight)
+
+
+def test_an_unembedding_that_is_read_without_a_call_of_its_module_has_been_gathered():
+    assert run_ranks(2, _read_without_a_call) == [True, True]
