@@ -81,7 +81,10 @@ def test_an_index_is_what_transformers_writes_and_reads(
     assert all(torch.equal(again[key], tensor) for key, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+@pytest.mark.parametrize(
+    "direction",
+    ["hf-to-megatron", pytest.param("megatron-to-hf", marks=pytest.mark.slow)],
+)
 def test_a_killed_conversion_leaves_nothing_whole_and_the_same_command_goes_on(
     direction: str, tiny_model_dir: Callable[..., Path], converted: Path, tmp_path: Path
 ):

@@ -78,7 +78,10 @@ def factors(lines: list[dict[str, Any]]) -> list[list[float]]:
 
 @pytest.mark.parametrize(
     ("form", "phases", "on"),
-    [("paper", "full", {3, 4, 5}), ("amplify", "both", {1, 2, 3, 4, 5})],
+    [
+        ("paper", "full", {3, 4, 5}),
+        pytest.param("amplify", "both", {1, 2, 3, 4, 5}, marks=pytest.mark.slow),
+    ],
 )
 def test_planning_tokens_learn_more_in_the_steps_that_are_asked_for(
     bed: Bed, grams: Path, tmp_path: Path, form: str, phases: str, on: set[int]

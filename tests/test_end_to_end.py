@@ -143,10 +143,15 @@ def test_what_happens_to_the_optimizer_at_the_switch_tells_runs_apart(bed: Bed, 
     "layout",
     [
         ["parallel.pp=1"],
-        ["parallel.pp=1", "parallel.tp=2"],
-        ["parallel.pp=1", "parallel.tp=2", "parallel.sp=true"],
-        ["parallel.vpp=3"],
-        ["parallel.pp=1", "parallel.dp=2", "parallel.distributed_optimizer=true"],
+        *(
+            pytest.param(layout, marks=pytest.mark.slow)
+            for layout in (
+                ["parallel.pp=1", "parallel.tp=2"],
+                ["parallel.pp=1", "parallel.tp=2", "parallel.sp=true"],
+                ["parallel.vpp=3"],
+                ["parallel.pp=1", "parallel.dp=2", "parallel.distributed_optimizer=true"],
+            )
+        ),
     ],
     ids=lambda layout: " ".join(key.removeprefix("parallel.") for key in layout),
 )

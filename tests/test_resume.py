@@ -191,7 +191,13 @@ def test_a_resumed_run_says_which_settings_have_changed(bed: Bed, stopped: Path)
     assert metrics(stopped)[5]["update/learning_rate"] == 1e-5
 
 
-@pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.dp=2", "parallel.vpp=1"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "parallel.vpp=1",
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("parallel.tp=2", "parallel.dp=2")),
+    ],
+)
 def test_a_run_goes_on_under_another_layout(bed: Bed, finished: Path, stopped: Path, layout: str):
     done = run("train", *bed.settings(stopped, "parallel.pp=1", layout))
     assert done.code == 0, done.err

@@ -70,7 +70,14 @@ def assert_scored(out: Path, expected: list[Any]) -> None:
         assert line["entropies"] == pytest.approx(entropies.tolist(), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", ["tp=1", "tp=2", "pp=2 vpp=2", "dp=2", "tp=2 sp=true dp=2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tp=1",
+        "pp=2 vpp=2",
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("tp=2", "dp=2", "tp=2 sp=true dp=2")),
+    ],
+)
 @pytest.mark.parametrize("policy", ["full", "layer=1", "layer=3 --read-out-norm"])
 def test_scores_are_those_of_transformers_under_every_layout(
     tmp_path: Path, model: Path, rows: list[Any], files: list[str], layout: str, policy: str

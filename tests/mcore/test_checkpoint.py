@@ -97,7 +97,13 @@ def _there_and_back(model_dir: Path, config: Config, run_dir: Path) -> list[Cour
         pytest.param(1, {}, "bfloat16", id="one rank, bfloat16", marks=pytest.mark.slow),
         pytest.param(2, {"pp": 2}, "float32", id="PP2, float32", marks=pytest.mark.slow),
         pytest.param(2, {"pp": 2}, "bfloat16", id="PP2, bfloat16"),
-        pytest.param(4, DIST_OPT, "float32", id="TP2 DP2 distributed optimizer, float32"),
+        pytest.param(
+            4,
+            DIST_OPT,
+            "float32",
+            id="TP2 DP2 distributed optimizer, float32",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             4,
             DIST_OPT,
@@ -191,7 +197,6 @@ def _change(name: str, before: Any, after: Any, *, tied: bool = True, slow: bool
             "TP2 DP2 to PP2 DP2, distributed optimizer",
             _TP2_DP2_DIST,
             (4, {"pp": 2, "dp": 2, "distributed_optimizer": True}),
-            slow=False,
         ),
         _change(
             "TP2 DP2 to one rank, untied, distributed optimizer",

@@ -83,7 +83,9 @@ def _trace(model_dir: Path, parallel: dict, lr_factors: dict, megatron: dict) ->
     [
         (TIED, {"dp": 2}, {}, OVERLAPPED_GRADS),
         (TIED, {"dp": 2, **DISTRIBUTED}, {"2": 0.0, "embedding": 0.0}, OVERLAPPED),
-        (TIED, {"dp": 2, "pp": 2, **DISTRIBUTED}, {}, OVERLAPPED),
+        pytest.param(
+            TIED, {"dp": 2, "pp": 2, **DISTRIBUTED}, {}, OVERLAPPED, marks=pytest.mark.slow
+        ),
         pytest.param(
             UNTIED,
             {"dp": 2, "pp": 2, "vpp": 2, **DISTRIBUTED},

@@ -56,7 +56,7 @@ def _held_and_found(
     ("pp", "vpp", "megatron"),
     [
         (2, 2, EMBEDDING | UNEMBEDDING),
-        (4, 1, EMBEDDING | UNEMBEDDING),
+        pytest.param(4, 1, EMBEDDING | UNEMBEDDING, marks=pytest.mark.slow),
         (2, 1, {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
         (
             2,

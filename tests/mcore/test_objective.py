@@ -22,6 +22,7 @@ from tests.mcore.actors import (
     with_stale_logprobs,
 )
 from tests.ranks import run_ranks
+from tests.tiers import cases
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,7 +100,10 @@ def make_batch(tiny_model_dir: Callable[..., Path]) -> Callable[[Policy], TokenB
     return batch_for
 
 
-@pytest.mark.parametrize(("ranks", "layout", "policy", "sizes"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("ranks", "layout", "policy", "sizes"),
+    cases(LAYOUTS, slow={"TP2 DP2 SP distributed optimizer"}),
+)
 def test_every_loss_and_its_gradient_are_those_of_loops_in_any_layout_and_cut(
     ranks: int,
     layout: dict[str, Any],

@@ -207,7 +207,7 @@ def _distance_to_adam(
     ("ranks", "layout"),
     [
         pytest.param(1, {}, id="one rank"),
-        pytest.param(4, {"pp": 4}, id="PP4"),
+        pytest.param(4, {"pp": 4}, id="PP4", marks=pytest.mark.slow),
         pytest.param(*TP2_DP2, id="TP2 DP2 distributed optimizer", marks=pytest.mark.slow),
     ],
 )

@@ -285,7 +285,13 @@ def _twice(model_dir: Path, config: Config) -> dict[str, Tensor]:
         pytest.param(1, {}, "float32", id="one rank"),
         pytest.param(2, {"dp": 2}, "bfloat16", id="DP2, bfloat16"),
         pytest.param(4, {"tp": 2, "pp": 2}, "float32", id="TP2 PP2", marks=pytest.mark.slow),
-        pytest.param(4, DIST_OPT, "bfloat16", id="TP2 DP2 distributed optimizer, bfloat16"),
+        pytest.param(
+            4,
+            DIST_OPT,
+            "bfloat16",
+            id="TP2 DP2 distributed optimizer, bfloat16",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_update_that_is_not_finite_changes_nothing_on_any_rank(

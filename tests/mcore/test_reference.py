@@ -22,6 +22,7 @@ from tests.mcore.actors import (
     with_stale_logprobs,
 )
 from tests.ranks import run_ranks
+from tests.tiers import cases
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,7 +97,10 @@ def _asked(model_dir: Path, config: Config, batch: TokenBatch) -> dict[str, Any]
     }
 
 
-@pytest.mark.parametrize(("ranks", "settings", "tied"), RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    ("ranks", "settings", "tied"),
+    cases(RUNS, slow={"TP2 PP2, tied", "distributed optimizer, overlapped, bfloat16"}),
+)
 def test_the_reference_stays_the_first_model_and_asking_it_leaves_no_trace(
     ranks: int, settings: dict[str, Any], tied: bool, tiny_model_dir: Callable[..., Path]
 ):
@@ -169,7 +173,7 @@ def _kl_updates(
     [
         (1, {}, FULL),
         (1, {}, INTERNAL),
-        (4, {"tp": 2, "pp": 2, "sp": True}, INTERNAL),
+        pytest.param(4, {"tp": 2, "pp": 2, "sp": True}, INTERNAL, marks=pytest.mark.slow),
         (2, {"dp": 2, "distributed_optimizer": True}, FULL),
     ],
     ids=str,

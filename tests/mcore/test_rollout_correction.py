@@ -58,7 +58,11 @@ def _reports(
     ("ranks", "layout"),
     [
         (1, {}),
-        (4, {"tp": 2, "dp": 2, "sp": True, "distributed_optimizer": True}),
+        pytest.param(
+            4,
+            {"tp": 2, "dp": 2, "sp": True, "distributed_optimizer": True},
+            marks=pytest.mark.slow,
+        ),
         (4, {"pp": 2, "cp": 2}),
     ],
 )

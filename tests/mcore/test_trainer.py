@@ -21,6 +21,7 @@ from tests.mcore.actors import (
 )
 from tests.mcore.test_logprobs import LargestTensor
 from tests.ranks import run_ranks
+from tests.tiers import cases
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +64,9 @@ def _reports(
     return answers
 
 
-@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("ranks", "layout"), cases(LAYOUTS, slow={"TP2 DP2 SP distributed optimizer"})
+)
 def test_loss_and_gradient_norm_do_not_depend_on_microbatches_or_layout(
     ranks: int, layout: dict[str, Any], tiny_model_dir: Callable[..., Path]
 ):
@@ -143,7 +146,9 @@ def _with_and_without_old_logprobs(
     return answers
 
 
-@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("ranks", "layout"), cases(LAYOUTS, slow={"TP2 DP2 SP distributed optimizer"})
+)
 def test_without_old_logprobs_an_update_is_the_same_to_the_bit_and_says_what_the_pass_would(
     ranks: int, layout: dict[str, Any], tiny_model_dir: Callable[..., Path]
 ):

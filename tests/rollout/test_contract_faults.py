@@ -78,7 +78,9 @@ def servers_of(groups: Sequence[RolloutGroup]) -> set[str | None]:
     return {rollout.server for group in groups for rollout in group.rollouts}
 
 
-@pytest.mark.parametrize("mode", ["broadcast", "http", "disk", "ipc"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("broadcast", marks=pytest.mark.slow), "http", "disk", "ipc"]
+)
 def test_every_way_to_send_weights_brings_exactly_those(
     pair: list[Fake], bench: BenchOf, mode: str
 ):
