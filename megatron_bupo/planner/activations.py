@@ -162,9 +162,10 @@ def in_flight(stage: Stage, layout: Layout, count: int) -> float:
 
 def stage_activations(
     per_token: TokenBytes, stage: Stage, *, depth: int, tokens: float, flights: float
-) -> float:
+) -> tuple[float, float]:
     """Bytes that `stage` holds at most for the backward passes of the lowest `depth` layers, with
-    `tokens` in a rank's row and `flights` micro-batches begun.
+    `tokens` in a rank's row and `flights` micro-batches begun; and what the backward pass of one
+    layer uses beside them.
     """
     recompute = Recompute.of(per_token.config.megatron)
     saved = 0.0
@@ -182,7 +183,7 @@ def stage_activations(
         most = max(per_token.transient(layer) for layer in layers)
         again = max(per_token.layer(layer) for layer in layers)
         most += again * min(recompute.at_once, len(layers))
-    return tokens * (saved * flights + most)
+    return tokens * saved * flights, tokens * most
 
 
 def read_out_bytes(per_token: TokenBytes, *, tokens: float, response_share: float) -> float:

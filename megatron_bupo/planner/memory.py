@@ -13,7 +13,7 @@ layer exist whole.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from megatron_bupo.config.layout import Layout, layers_of_stages
 from megatron_bupo.config.schema import Config
@@ -100,7 +100,7 @@ class StageMemory:
     optimizer: float
     critic: float  # its weights, gradients and optimizer states
     activations: float  # of the policy or the critic, whichever holds more
-    read_out: float
+    working: float  # of reading log-probs out or of a layer's backward pass, whichever is more
     gathering: float  # whole layers and buckets, in a weight sync
     context: float  # CUDA, NCCL, cuBLAS
     fragments: float  # what the allocator cannot use again
@@ -113,7 +113,7 @@ class StageMemory:
     @property
     def training(self) -> float:
         """The most that training takes."""
-        return self.resting + self.activations + self.read_out + self.fragments
+        return self.resting + self.activations + self.working + self.fragments
 
     @property
     def resting(self) -> float:
@@ -130,15 +130,15 @@ def stage_memories(
     for stage in actor.stages:
         held = stage_parameters(actor.arch, stage, actor.layout)
         static = static_bytes(held, actor)
-        activations, read_out = passes(actor, stage, work, hardware, depth=depth)
+        activations, working = passes(actor, stage, work, hardware, depth=depth)
         beside = 0.0
         if critic is not None:
             its = of_critic[stage.number]
             parameters = stage_parameters(critic.arch, its, critic.layout)
             beside = static_bytes(parameters, critic).total
             whole = passes(critic, its, work, hardware, depth=critic.arch.layers)
-            if sum(whole) > activations + read_out:
-                activations, read_out = whole
+            if sum(whole) > activations + working:
+                activations, working = whole
         found.append(
             StageMemory(
                 stage=stage.number,
@@ -149,10 +149,10 @@ def stage_memories(
                 optimizer=static.optimizer,
                 critic=beside,
                 activations=activations,
-                read_out=read_out,
+                working=working,
                 gathering=gathering_bytes(actor),
                 context=hardware.reserve.trainer_gib * GIB,
-                fragments=hardware.reserve.fragments * (activations + read_out),
+                fragments=hardware.reserve.fragments * (activations + working),
             )
         )
     return found
@@ -161,7 +161,9 @@ def stage_memories(
 def passes(
     actor: Actor, stage: Stage, work: Workload, hardware: Hardware, *, depth: int
 ) -> tuple[float, float]:
-    """Bytes of activations and of what reads out, at most, with responses of full length."""
+    """Bytes of activations, and of what works beside them, at most, with responses of full length.
+    Log-probs have been read out before the first layer is walked back through.
+    """
     config, layout = actor.config, actor.layout
     dealt = microbatches(
         config,
@@ -171,16 +173,18 @@ def passes(
     )
     tokens = dealt.tokens / layout.cp
     per_token = TokenBytes(actor.arch, config, layout, hardware.plain_layers)
-    activations = stage_activations(
+    activations, working = stage_activations(
         per_token,
         stage,
         depth=depth,
         tokens=tokens,
         flights=in_flight(stage, layout, dealt.count),
     )
-    share = work.longest_response / work.longest
-    read_out = read_out_bytes(per_token, tokens=tokens, response_share=share) if stage.last else 0
-    return activations, read_out
+    if stage.last:
+        share = work.longest_response / work.longest
+        read_out = read_out_bytes(per_token, tokens=tokens, response_share=share)
+        working = max(working, read_out)
+    return activations, working
 
 
 def gathering_bytes(actor: Actor) -> float:
@@ -200,9 +204,3 @@ def gathering_bytes(actor: Actor) -> float:
     if ranks == 1 and actor.config.rollout.engine == "embedded":
         return largest
     return flat + 2 * largest + 2 * actor.config.sync.bucket_bytes
-
-
-def category_names() -> list[str]:
-    """The categories of a stage's memory."""
-    counts = {"stage", "layers", "parameters"}
-    return [field.name for field in fields(StageMemory) if field.name not in counts]

@@ -81,9 +81,9 @@ def proposals(recipe: Recipe, hardware: Hardware, gpus: int) -> list[Proposal]:
         plan = _tried(recipe, hardware, gpus, changes)
         if plan is not None and plan.fits:
             key = (plan.full.layout, plan.recipe.config.megatron.get("recompute_granularity"))
-            if recipe.config.parallel.dp is not None:
-                changes = {**changes, "parallel.dp": plan.full.layout.dp}
-            found.setdefault(key, Proposal(changes, plan))
+            given = recipe.config.parallel.dp is not None
+            dp = {"parallel.dp": plan.full.layout.dp} if given else {}
+            found.setdefault(key, Proposal({**changes, **dp}, plan))
     return sorted(found.values(), key=lambda found: _speed(found.plan))
 
 
@@ -129,7 +129,7 @@ def smallest_change(recipe: Recipe, hardware: Hardware, gpus: int) -> Proposal |
 
 
 def _speed(plan: Plan) -> tuple[float, float]:
-    """By what plans are ranked: a full policy's step, and where that is all generation, training."""
+    """By what plans are ranked: a full policy's step; where that is all generation, training."""
     return plan.full.time.total_s, plan.full.time.train_s
 
 

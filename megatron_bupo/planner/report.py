@@ -25,7 +25,7 @@ CATEGORIES = (
     "optimizer",
     "critic",
     "activations",
-    "read_out",
+    "working",
     "context",
     "fragments",
 )
