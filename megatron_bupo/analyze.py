@@ -29,6 +29,7 @@ from megatron_bupo.analysis.stages import advise, as_record
 from megatron_bupo.commands.analyze import SAMPLED, Analysis, response_lengths
 from megatron_bupo.commands.score import GivenResponse
 from megatron_bupo.config import expand
+from megatron_bupo.data.packing import in_rounds
 from megatron_bupo.durable import add_lines, drop_torn_line, whole_lines
 from megatron_bupo.engines import rollout_engine
 from megatron_bupo.errors import InputError
@@ -39,15 +40,13 @@ from megatron_bupo.logit_lens import keep_lens
 from megatron_bupo.mcore import parallel
 from megatron_bupo.mcore.logit_lens import LensReader
 from megatron_bupo.mcore.residual_readings import ResidualReader
-from megatron_bupo.preflight import Preflight
+from megatron_bupo.mcore.row_reader import tokens_at_once
 from megatron_bupo.record.bar import Bars
 from megatron_bupo.record.heartbeat import heartbeat
 from megatron_bupo.score import as_batch
 from megatron_bupo.types import RolloutGroup, Sampling
 
 PROMPTS_AT_ONCE = 32  # for each rank; what a kill loses at most
-# Of each micro-batch two vectors a layer are kept for every response token
-TOKENS_PER_MICROBATCH = 1024
 
 
 def analyze(analysis: Analysis, *, stay: bool = False) -> None:
@@ -138,28 +137,14 @@ def read_all(
     bars.begin("reading", sum(lengths), "response tokens", done=sum(lengths[:done]))
     if done == len(responses):
         return parts
-    for some in rounds(analysis.ready, responses, done):
+    at_once = tokens_at_once(analysis.ready.config)
+    for some in in_rounds([len(r.input_ids) for r in responses], at_once, first=done):
         readings = reader().read(as_batch(responses[some]))
         _check_finite(analysis, readings)
         if collective.is_first():
             parts.append(_keep(analysis, some.start, responses[some], readings))
         bars.at(sum(lengths[: some.stop]))
     return parts
-
-
-def rounds(ready: Preflight, responses: Sequence[GivenResponse], first: int) -> Iterator[slice]:
-    """The responses from number `first` on, as many at a time as make about one micro-batch for
-    each pipeline stage and data-parallel rank.
-    """
-    most = min(ready.config.trainer.max_tokens_per_microbatch, TOKENS_PER_MICROBATCH)
-    most *= ready.layout.dp * ready.layout.pp
-    tokens = 0
-    for i in range(first, len(responses)):
-        tokens += len(responses[i].input_ids)
-        if tokens > most and i > first:
-            yield slice(first, i)
-            first, tokens = i, len(responses[i].input_ids)
-    yield slice(first, len(responses))
 
 
 def _reader(analysis: Analysis) -> LensReader:

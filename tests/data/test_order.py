@@ -51,6 +51,17 @@ def test_a_step_depends_on_nothing_but_the_seed_and_its_number(
         assert indices(fresh, step) == straight[step]
 
 
+def test_the_first_prompts_are_those_that_steps_ask_first_each_once():
+    stream = PromptStream(prompts(7), prompts_per_step=3, seed=1)
+    asked = indices(stream, 0, 1, 2)[:7]
+    assert [p.index for p in stream.first(5)] == asked[:5]
+    assert [p.index for p in stream.first(99)] == asked
+    mixed = PromptStream(prompts(3), prompts(9)[3:], weights=[5, 1], prompts_per_step=3, seed=1)
+    first = [p.index for p in mixed.first(6)]
+    assert len(first) == len({*first})
+    assert first == list(dict.fromkeys(indices(mixed, 0, 1)))
+
+
 def test_seeds_and_epochs_each_have_an_order_of_their_own() -> None:
     orders = Counter(
         tuple(indices(PromptStream(prompts(50), prompts_per_step=50, seed=seed), epoch))

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from megatron_bupo.data.packing import pack
+from megatron_bupo.data.packing import in_rounds, pack
 from megatron_bupo.types import Prompt, Rollout, RolloutGroup
 
 
@@ -70,3 +70,14 @@ def test_the_tensors_have_the_types_that_the_actor_expects() -> None:
 def test_advantages_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="3 advantages for 4 responses"):
         pack(some_groups(2, 2), pad_id=0).with_advantages(torch.ones(3))
+
+
+@pytest.mark.parametrize("first", [0, 2, 5])
+@pytest.mark.parametrize("most", [1, 7, 10, 100])
+def test_rounds_take_all_responses_in_order_and_as_many_as_fit(most: int, first: int):
+    lengths = [3, 4, 3, 12, 1, 1, 9, 2]
+    rounds = list(in_rounds(lengths, most, first=first))
+    assert [i for some in rounds for i in range(some.start, some.stop)] == [*range(first, 8)]
+    for some in rounds:
+        assert sum(lengths[some]) <= most or some.stop == some.start + 1
+        assert some.stop == 8 or sum(lengths[some.start : some.stop + 1]) > most
