@@ -29,7 +29,8 @@ _allowed = False
 @contextmanager
 def heeded() -> Iterator[None]:
     """Inside the block a signal asks this rank to stop, and a second one means what it did before
-    (unless that was to die: torchrun hands on what the scheduler has sent to all).
+    (unless that was to die: torchrun hands on what the scheduler has sent to all). One that was
+    blocked until now, by whoever started this rank, counts.
     """
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
@@ -42,9 +43,11 @@ def heeded() -> Iterator[None]:
 
     for number in SIGNALS:
         signal.signal(number, note)
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -282,6 +282,18 @@ def test_one_rank_that_is_preempted_stops_all(bed: Bed, finished: Path, tmp_path
     assert_same_run(tmp_path, finished)
 
 
+def test_a_warning_that_comes_before_the_first_step_is_heeded(bed: Bed, tmp_path: Path):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})  # as launch/node.py has it
+    try:
+        running = start("train", *bed.settings(tmp_path, "parallel.pp=1"))
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+    os.kill(running.pid, signal.SIGUSR2)
+    done = running.wait()
+    assert done.code == 75
+    assert done.err == "stopped before the first checkpoint; the same command starts anew\n"
+
+
 def test_a_second_signal_ends_a_run_at_once(bed: Bed, tmp_path: Path):
     begun = tmp_path / "begun"
     (tmp_path / "slow.py").write_text(f"""

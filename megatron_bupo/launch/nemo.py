@@ -57,7 +57,7 @@ def script(launch: Launch, roles: Sequence[Role]) -> str:
         job = experiment.jobs[0]
         infos = getattr(job, "_dryrun_infos", None) or [job._dryrun_info]
         text = "\n".join(_text(info) for info in infos)
-    _remove_empty(launch.home)
+    _remove_empty(launch.home, *(() if launch.cluster.in_place else (launch.home.parent,)))
     return text
 
 
@@ -79,7 +79,7 @@ def submitted(launch: Launch, roles: Sequence[Role], *, wait: bool) -> Iterator[
     process looks after it.
     """
     with _experiment(launch, roles) as experiment:
-        experiment.run(detach=not wait)
+        experiment.run(detach=not wait, tail_logs=wait)
         handle = experiment.jobs[0].handle
         yield Submitted(experiment._id, handle.rpartition("/")[2])
 
@@ -117,9 +117,9 @@ def _script(run: Any, launch: Launch, role: Role) -> Any:
     return run.Script(module, args=words, entrypoint=launch.cluster.interpreter, m=True)
 
 
-def _remove_empty(folder: Path) -> None:
+def _remove_empty(home: Path, *above: Path) -> None:
     """Remove what a dry run has made: directories with nothing in them."""
-    launch = launch_dir(folder)
-    for path in [*sorted(launch.rglob("*"), reverse=True), launch, folder]:
+    launch = launch_dir(home)
+    for path in [*sorted(launch.rglob("*"), reverse=True), launch, home, *above]:
         with contextlib.suppress(OSError):
             path.rmdir()

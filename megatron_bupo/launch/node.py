@@ -33,8 +33,7 @@ BAD_INPUT = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Be a node; the exit code of its ranks."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2):  # meant for ranks, who inherit this until
-        signal.signal(number, signal.SIG_IGN)  # they say otherwise
+    hold_back()
     words = list(sys.argv[1:] if argv is None else argv)
     bar = words.index("--")
     args, settings = _parser().parse_args(words[:bar]), words[bar + 1 :]
@@ -61,6 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == TRY_AGAIN:
         again_file(run_dir).write_text(f"{start_name()}\n")
     return code
+
+
+def hold_back() -> None:
+    """Be immune to what is meant for ranks. What we start inherits that until it says otherwise: a
+    warning that reaches a rank too early waits for it (`stopping.heeded`).
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
 
 
 def node_rank() -> int:

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from megatron_bupo.config import Config, expand, load_config
 from megatron_bupo.errors import InputError
 from megatron_bupo.launch.addresses import own_address, publish
-from megatron_bupo.launch.node import BAD_INPUT, FIRST_NODE, node_rank
+from megatron_bupo.launch.node import BAD_INPUT, FIRST_NODE, hold_back, node_rank
 from megatron_bupo.rollout.processes import ServerProcess
 
 LOOK_S = 1.0
@@ -33,8 +33,7 @@ HEALTH_TIMEOUT_S = 30.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until told to end; the exit code."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2):  # meant for ranks; servers inherit this
-        signal.signal(number, signal.SIG_IGN)
+    hold_back()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     words = list(sys.argv[1:] if argv is None else argv)
     bar = words.index("--")
