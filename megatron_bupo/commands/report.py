@@ -32,7 +32,8 @@ def run(args: Namespace) -> None:
     out = Path(expand(args.out)) if args.out else beside(runs)
     page, *figures = write_report(out, groups if args.group_seeds else each(runs))
     print(f"{page}: {page.stat().st_size / 1e6:.1f} MB, to be opened in a browser")
-    print(f"{figures[0].parent}: {', '.join(file.name for file in figures)}")
+    if figures:
+        print(f"{figures[0].parent}: {', '.join(file.name for file in figures)}")
 
 
 def beside(runs: Sequence[RunRecord]) -> Path:

@@ -112,6 +112,7 @@ def main(name: str, run_dir: Path, told: IO[bytes]) -> None:
     """Tell the tracker `name` of the run in `run_dir` while lines come from `told`."""
     asked = Asked(**json.loads(told.readline()))
     path = run_dir / FOLDER / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
     state = _state(path, asked)
     tracker: Tracker = RUNS[name](asked, state, run_dir)
     state = state._replace(url=tracker.url)

@@ -234,7 +234,7 @@ def seconds_per_step(run: Shown) -> dict[str, float]:
     parts = {name: seconds for name in ACTIVITIES if (seconds := mean(f"time/{name}_s")) > 0}
     within = sum(seconds for name, seconds in parts.items() if name not in OUTSIDE)
     other = max(0.0, mean("time/step_s") - within)
-    return {**parts, "other": other}
+    return {**parts, "other": other} if within or other else {}
 
 
 def switches(shown: Sequence[Shown]) -> dict[int, list[int]]:

@@ -20,6 +20,8 @@ from megatron_bupo.record.metrics import FILE, internal_layer
 
 CONFIG, GUARD = "config.yaml", "guard.json"
 
+LARGEST = 1e60  # number that an axis can have beside others
+
 Record = dict[str, Any]  # as `read_metrics` has them: step, policy, and numbers
 
 
@@ -142,12 +144,11 @@ def _records(path: Path) -> list[Record]:
 
 
 def _number(value: object) -> float | None:
-    """NaN for what was not finite; None: no number at all."""
+    """NaN for what was not finite, or too large to be drawn; None: no number at all."""
     if value is None:
         return math.nan
     if not isinstance(value, int | float):
         return None
-    try:
-        return float(value) if math.isfinite(value) else math.nan
-    except OverflowError:
+    if not abs(value) < LARGEST:
         return math.nan
+    return float(value) if abs(value) > 1 / LARGEST else 0.0

@@ -113,15 +113,22 @@ def test_the_guards_story_is_told():
         [probed_run("$a_b$", *BUPO), probed_run("b", ("full", 9)), shown_run("none", [])],
         [shown_run("a", [{"step": 3, "policy": "critic alone", "rollout/reward_mean": -1.0}])],
         [shown_run("a", [{"step": 0, "policy": "full", "probe/cosine_to_layer_07": 0.5}])],
+        [shown_run("a", [{"step": 0, "policy": "full", "time/step_s": 0.0, "update/loss": -1e59}])],
         [shown_run(str(n), records(*[(f"internal layer {n}", 2)] * 9)) for n in range(1, 11)],
     ],
-    ids=["different lengths", "one odd step", "one probe", "ten runs of nine phases"],
+    ids=[
+        "different lengths",
+        "one odd step",
+        "one probe",
+        "a step in no time",
+        "ten runs of nine phases",
+    ],
 )
 def test_unusual_runs_are_drawn_without_a_warning(
     tmp_path: Path, runs: list[RunRecord], recwarn: pytest.WarningsRecorder
 ):
     html, *figures = write_report(tmp_path, each(runs))
-    assert data_of(html.read_text())["lines"]
+    assert len(data_of(html.read_text())["lines"]) == len(runs)
     assert figures
     assert all(np.std(imread(figure)) > 0 for figure in figures)
     assert not [str(warning.message) for warning in recwarn]

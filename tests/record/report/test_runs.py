@@ -13,7 +13,7 @@ from tests.record.runs import records, write
 
 def test_a_run_that_is_still_being_written_is_read_as_far_as_it_is_whole(tmp_path: Path):
     of = records(("full", 3))
-    of[1]["update/grad_norm"] = None
+    of[1] |= {"update/grad_norm": None, "update/loss": 1e308, "rollout/note": "text"}
     run_dir = write(tmp_path / "run", [*of, {**of[2], "update/grad_norm": 7.0}])
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('\n{"step": 3, "policy": "fu')
@@ -22,6 +22,8 @@ def test_a_run_that_is_still_being_written_is_read_as_far_as_it_is_whole(tmp_pat
     (run,) = read_runs([run_dir])
     assert [record["step"] for record in run.records] == [0, 1, 2]
     assert math.isnan(run.records[1]["update/grad_norm"])
+    assert math.isnan(run.records[1]["update/loss"])
+    assert "rollout/note" not in run.records[1]
     assert run.records[2]["update/grad_norm"] == 7.0
     assert run.settings is None
     assert run.guard is None
