@@ -111,9 +111,7 @@ def _draw(analysis: Analysis, first: int, bars: Bars) -> Iterator[list[RolloutGr
         seed=config.seed,
     )
     assert analysis.tokenizer is not None, "there are prompts"
-    engine = rollout_engine(
-        config, ready.architecture, analysis.tokenizer, run_dir=analysis.out / "servers"
-    )
+    engine = rollout_engine(config, ready.architecture, analysis.tokenizer, run_dir=analysis.out)
     try:
         engine.wait_until_up(bars.say)
         engine.sample_from(FULL)
