@@ -13,6 +13,7 @@ import json
 import os
 import selectors
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -126,6 +127,23 @@ def start(*argv: object, env: Mapping[str, str] | None = None) -> Running:
 def run(*argv: object, env: Mapping[str, str] | None = None, timeout_s: float = 60) -> Done:
     """`megatron-bupo ARGV`, to its end."""
     return start(*argv, env=env).wait(timeout_s)
+
+
+def run_as_ranks(world: int, *argv: object, timeout_s: float = 60) -> list[Done]:
+    """`megatron-bupo ARGV` as each of `world` processes that torchrun has started finds itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    try:
+        for rank in range(world):
+            env = told | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+            ranks.append(start(*argv, env={name: str(value) for name, value in env.items()}))
+        return [rank.wait(timeout_s) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.end()
 
 
 def start_python(*argv: object) -> Running:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs import run, run_python
+from tests.runs import run, run_as_ranks
 
 TOLERANCE = 1e-5
 LENGTHS = [(9, 4), (1, 1), (30, 29), (17, 17), (12, 1), (64, 3), (5, 2), (8, 4), (40, 20), (3, 1),
@@ -110,11 +110,7 @@ def test_a_bad_row_is_one_line_and_leaves_no_output(tmp_path: Path, model: Path,
     assert not (tmp_path / "out.jsonl").exists()
 
 
-@pytest.mark.slow
 def test_scores_under_torchrun(tmp_path: Path, model: Path, rows: list[Any], files: list[str]):
-    done = run_python(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megatron_bupo",
-        "score", "--model", model, *files, "--policy", "layer=2", "parallel.pp=2",
-    )  # fmt: skip
-    assert done.code == 0, done.err
+    command = ["score", "--model", model, *files, "--policy", "layer=2", "parallel.pp=2"]
+    assert [(done.code, done.err) for done in run_as_ranks(2, *command)] == [(0, "")] * 2
     assert_scored(tmp_path / "out.jsonl", dense(model, rows, "layer=2", norm=False))
