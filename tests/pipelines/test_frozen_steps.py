@@ -139,29 +139,25 @@ def _freeze(kind: str, order: str) -> None:
         controller = attach(chunks, schedule)
     for step, layer in enumerate((2, 2, 4, LAYERS)):
         before = _weights(gpt)
-        states = [{p: _copied(s) for p, s in inner.state.items()} for inner in _inner(optimizer)]
         _step(controller, step, chunks, optimizer)
         frozen = _above(gpt, layer) if layer < LAYERS else set()
         still = {name for name, p in gpt.named_parameters() if torch.equal(p, before[name])}
         assert frozen <= still, step
         if "bf16" not in kind:  # where a step may be too small for a weight
             assert still == frozen
-        for inner, known in zip(_inner(optimizer), states, strict=True):
+        for inner in _inner(optimizer):
             stepped = {p for group in inner.param_groups for p in group["params"]}
-            assert set(inner.state) == stepped
+            assert set(inner.state) == stepped  # as Megatron's checkpoints demand
             trained = {p for p in stepped if inner.state[p]["exp_avg"].any()}
-            assert len(trained) < len(stepped) or layer > 2
-            for p in stepped - trained:
-                assert not inner.state[p]["exp_avg_sq"].any()
-            assert known.keys() <= stepped
+            if layer != 4:  # of which a rank may hold what lies below alone
+                assert (trained < stepped) == (layer == 2)
+            assert not any(inner.state[p]["exp_avg_sq"].any() for p in stepped - trained)
 
 
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: torch.as_tensor(value).clone() for name, value in state.items()}
-
-
-@pytest.mark.parametrize("order", ["attached first", "attached last"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "order"),
+    [*((kind, "attached last") for kind in KINDS), ("distributed bf16", "attached first")],
+)
 def test_what_the_phase_does_not_train_keeps_its_bits(kind: str, order: str):
     run_ranks(2, _freeze, kind, order)
 
@@ -188,8 +184,10 @@ OVERLAPS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("pp", [1, 2])
-@pytest.mark.parametrize("overlap", OVERLAPS)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overlap", "pp"), [("gradients", 2), ("parameters", 1), ("parameters, aligned", 2)]
+)
 def test_exchanges_that_overlap_with_the_passes_change_no_bit(overlap: str, pp: int):
     plain = run_ranks(2 * pp, _after_a_switch, pp, {})
     small = {"bucket_size": 9000}  # less than a layer: there are buckets without a trained layer
