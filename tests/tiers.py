@@ -1,4 +1,4 @@
-"""What is left out by `make test-fast` of a table of cases."""
+"""What is left out by `make test-fast` of a table of cases, and what by `make test`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+
+WIDE = [pytest.mark.slow, pytest.mark.wide]  # one more mixture of what other cases have
 
 
 def cases(table: Mapping[str, tuple[Any, ...]], *, slow: set[str]) -> list[Any]:

@@ -27,6 +27,7 @@ from tests.mcore.actors import (
 )
 from tests.mcore.group_adam import use_group_counting_adam
 from tests.ranks import run_ranks
+from tests.tiers import WIDE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,7 +110,7 @@ def _there_and_back(model_dir: Path, config: Config, run_dir: Path) -> list[Cour
             DIST_OPT,
             "bfloat16",
             id="TP2 DP2 distributed optimizer, bfloat16",
-            marks=pytest.mark.slow,
+            marks=WIDE,
         ),
         pytest.param(2, {"pp": 2, "vpp": 2}, "float32", id="VPP2 PP2, float32"),
         pytest.param(
@@ -175,24 +176,25 @@ def _last_part(model_dir: Path, config: Config, run_dir: Path) -> list[Course]:
     return [_resumed(model_dir, config, run_dir, step) for step in SAVED]
 
 
+SLOW = [pytest.mark.slow]
 _ONE = (1, {})
 _TP2_PP2 = (4, {"tp": 2, "pp": 2, "sp": True})
 _TP2_DP2_DIST = (4, DIST_OPT)
 
 
-def _change(name: str, before: Any, after: Any, *, tied: bool = True, slow: bool = True) -> Any:
-    return pytest.param(before, after, tied, id=name, marks=[pytest.mark.slow] if slow else [])
+def _change(name: str, before: Any, after: Any, *, tied: bool = True, marks: Any = SLOW) -> Any:
+    return pytest.param(before, after, tied, id=name, marks=marks)
 
 
 @pytest.mark.parametrize(
     ("before", "after", "tied"),
     [
-        _change("one rank to TP2 PP2 SP", _ONE, _TP2_PP2, slow=False),
-        _change("one rank to TP2 PP2 SP, untied", _ONE, _TP2_PP2, tied=False),
+        _change("one rank to TP2 PP2 SP", _ONE, _TP2_PP2, marks=[]),
+        _change("one rank to TP2 PP2 SP, untied", _ONE, _TP2_PP2, tied=False, marks=WIDE),
         _change("PP4 to DP2, untied", (4, {"pp": 4}), (2, {"dp": 2}), tied=False),
         _change("VPP2 PP2 to one rank", (2, {"pp": 2, "vpp": 2}), _ONE),
         _change("TP2 PP2 SP to one rank", _TP2_PP2, _ONE),
-        _change("PP4 to DP2", (4, {"pp": 4}), (2, {"dp": 2})),
+        _change("PP4 to DP2", (4, {"pp": 4}), (2, {"dp": 2}), marks=WIDE),
         _change(
             "TP2 DP2 to PP2 DP2, distributed optimizer",
             _TP2_DP2_DIST,
@@ -208,6 +210,7 @@ def _change(name: str, before: Any, after: Any, *, tied: bool = True, slow: bool
             "TP2 EP2 SP to PP2 EP2, distributed optimizer",
             (4, DIST_OPT | {"ep": 2, "sp": True}),
             (4, {"pp": 2, "dp": 2, "ep": 2, "distributed_optimizer": True}),
+            marks=WIDE,
         ),
         _change("EP2 to one rank, experts", (2, {"dp": 2, "ep": 2}), _ONE),
     ],

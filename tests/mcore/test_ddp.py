@@ -21,6 +21,7 @@ from tests.mcore.actors import (
     with_stale_logprobs,
 )
 from tests.ranks import run_ranks
+from tests.tiers import WIDE
 
 BUCKET = 2000  # parameters: less than a layer
 INTERNAL = InternalLayerPolicy(1)
@@ -93,9 +94,7 @@ def _trace(model_dir: Path, parallel: dict, lr_factors: dict, megatron: dict) ->
             OVERLAPPED | {"align_param_gather": True},
             marks=pytest.mark.slow,
         ),
-        pytest.param(
-            EXPERTS, {"dp": 4, "ep": 2, **DISTRIBUTED}, {}, OVERLAPPED, marks=pytest.mark.slow
-        ),
+        pytest.param(EXPERTS, {"dp": 4, "ep": 2, **DISTRIBUTED}, {}, OVERLAPPED, marks=WIDE),
     ],
 )
 def test_an_exchange_that_overlaps_with_the_passes_changes_no_bit(

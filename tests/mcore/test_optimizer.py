@@ -27,6 +27,7 @@ from tests.mcore.actors import (
 )
 from tests.mcore.group_adam import use_group_counting_adam
 from tests.ranks import run_ranks
+from tests.tiers import WIDE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +72,7 @@ BIGGEST = pytest.param(
     True,
     "bfloat16",
     id="TP2 PP2 DP2 distributed optimizer, tied, bfloat16",
-    marks=pytest.mark.slow,
+    marks=WIDE,
 )
 EXPERTS = pytest.param(
     4,

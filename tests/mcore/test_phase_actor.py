@@ -21,6 +21,7 @@ from megatron_bupo.mcore import checkpoint, parallel
 from megatron_bupo.mcore.phase_actor import ActorPlan, plan_actor
 from tests.mcore.actors import random_batch, run_config, snapshot, train_once, with_stale_logprobs
 from tests.ranks import run_ranks
+from tests.tiers import WIDE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.parity
 MODEL = {"family": "qwen3", "vocab": 67, "scale": 0.12}
 STEPS = 5
 RESUMED = (2, 3, 4)  # in an internal phase, at the switch to the full policy, after it
+SLOW = [pytest.mark.slow]
 
 
 @dataclass
@@ -121,8 +123,7 @@ def _both_ways(case: Case, model_dir: Path, run_dir: Path) -> list[Course]:
     return [in_place, own, *resumed]
 
 
-def _case(name: str, *args: Any, slow: bool = True, **kwargs: Any) -> Any:
-    marks = [pytest.mark.slow] if slow else []
+def _case(name: str, *args: Any, marks: Any = SLOW, **kwargs: Any) -> Any:
     return pytest.param(Case(*args, **kwargs), id=name, marks=marks)
 
 
@@ -132,7 +133,7 @@ DIST: dict[str, Any] = {"distributed_optimizer": True}
 @pytest.mark.parametrize(
     "case",
     [
-        _case("PP2 to DP2, tied", 2, {"pp": 2}, {"dp": 2}, slow=False),
+        _case("PP2 to DP2, tied", 2, {"pp": 2}, {"dp": 2}, marks=[]),
         _case("TP2 to DP2, untied", 2, {"tp": 2}, {}, tied=False, at_switch="common_step"),
         _case(
             "TP2 PP2 SP to DP4, untied, distributed optimizer",
@@ -140,6 +141,7 @@ DIST: dict[str, Any] = {"distributed_optimizer": True}
             {"tp": 2, "pp": 2, "sp": True, **DIST},
             DIST,
             tied=False,
+            marks=WIDE,
         ),
         _case("PP2 to DP2, tied, distributed optimizer", 2, {"pp": 2, **DIST}, DIST),
         _case("VPP2 PP2 to TP2, tied", 2, {"pp": 2, "vpp": 2}, {"tp": 2}, at_switch="reset"),
