@@ -18,7 +18,9 @@ from tests.dense import dense_model
 from tests.dense_readings import dense_probe
 from tests.runs import Bed, metrics, run
 
+SHORT = ("parallel.pp=1", "evaluation.every=0")
 TIGHT = (  # a policy is least perplexed by its own texts: any step at all crosses this
+    *SHORT,
     "probe.every=1",
     "bupo.internal_steps=5",
     "bupo.guard=true",
@@ -114,7 +116,7 @@ def test_the_first_answers_are_the_texts_and_are_measured(watched: Path):
 
 
 def test_grpo_is_watched_by_the_full_policy_alone(bed: Bed, tmp_path: Path):
-    bed.train(tmp_path, "probe.every=2", "bupo.internal_steps=0", "steps=2", "parallel.pp=1")
+    bed.train(tmp_path, *SHORT, "probe.every=2", "bupo.internal_steps=0", "steps=2")
     assert {key for key in metrics(tmp_path)[0] if key.startswith("probe/")} == {
         "probe/perplexity",
         "probe/full_entropy_nats",
@@ -138,7 +140,7 @@ def test_the_guard_ends_the_phase_and_says_why(guarded: Path):
 def test_it_ends_with_the_numbers_of_a_run_whose_phase_was_so_long(
     bed: Bed, guarded: Path, tmp_path: Path
 ):
-    bed.train(tmp_path, "bupo.internal_steps=2")
+    bed.train(tmp_path, *SHORT, "bupo.internal_steps=2")
     assert unwatched(guarded) == metrics(tmp_path)
 
 
@@ -162,14 +164,23 @@ def test_the_checkpoint_from_before_outlives_all_others(bed: Bed, tmp_path: Path
     assert checkpoints(run_dir) == ["step_000000", "step_000006"]
     bed.train(run_dir, *TIGHT, "checkpoint.keep=1", "steps=8")
     assert checkpoints(run_dir) == ["step_000000", "step_000008"]
-    loose = [*TIGHT, "bupo.guard.perplexity_ratio=99", "checkpoint.keep=1", "steps=4"]
-    bed.train(tmp_path / "loose", *loose)
-    assert checkpoints(tmp_path / "loose") == ["step_000003", "step_000004"]
-    assert not (tmp_path / "loose" / "guard.json").exists()
+
+
+@pytest.mark.slow
+def test_while_the_guard_is_content_it_keeps_the_newest_probe_and_then_no_other(
+    bed: Bed, tmp_path: Path
+):
+    loose = [*TIGHT, "probe.every=2", "bupo.guard.perplexity_ratio=99", "checkpoint.keep=1"]
+    bed.train(tmp_path, *loose, "steps=4")
+    assert checkpoints(tmp_path) == ["step_000002", "step_000004"]
+    (tmp_path / "guard.json").write_text("of a future that this run does not come to")
+    bed.train(tmp_path, *loose)
+    assert checkpoints(tmp_path) == ["step_000006"]
+    assert not (tmp_path / "guard.json").exists()
 
 
 def test_a_replay_reads_texts_without_an_engine(bed: Bed, watched: Path, tmp_path: Path):
-    quiet = ["evaluation.every=0", "steps=4", "checkpoint.every=9", "parallel.pp=1"]
+    quiet = [*SHORT, "steps=4", "checkpoint.every=9"]
     file = f"probe.responses={watched / 'probe' / 'responses.jsonl'}"
     watching = ["probe.every=3", "probe.layer=4", file]
     bed.train(tmp_path / "run", *quiet, *watching, "debug.dump_rollouts=true")
@@ -184,7 +195,7 @@ def test_a_replay_reads_texts_without_an_engine(bed: Bed, watched: Path, tmp_pat
 
 
 def test_a_run_that_was_not_watched_from_the_start_cannot_be_guarded(bed: Bed, tmp_path: Path):
-    bed.train(tmp_path, "steps=1", "checkpoint.export_hf=false", "parallel.pp=1")
+    bed.train(tmp_path, *SHORT, "steps=1", "checkpoint.export_hf=false")
     done = run("train", *bed.settings(tmp_path, *TIGHT))
     assert done.code == 2
     assert "bupo.guard.perplexity_ratio" in done.err
