@@ -77,7 +77,7 @@ def recipe(name: str, *overrides: str) -> Recipe:
     """Of conf/."""
     path = CONF / f"{name}.yaml"
     asked = {"recipe": str(path), "overrides": list(overrides)}
-    return recipe_of(Namespace(**asked, prompt_tokens=None, response_tokens=None))[0]
+    return recipe_of(Namespace(**asked, prompt_tokens=None, response_tokens=None, gpus=None))[0]
 
 
 def best(of: Recipe, gpus: int, each: int, hardware: Hardware) -> Plan | None:

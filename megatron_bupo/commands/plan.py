@@ -58,6 +58,8 @@ def run(args: Namespace) -> None:
 def recipe_of(args: Namespace) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe that the command line names, and what to know of it."""
     config = load_config(args.recipe, args.overrides)
+    if args.gpus is not None:  # they leave a number of replicas
+        config = replace(config, parallel=replace(config.parallel, dp=None))
     policy, critic, notes = models_of(config)
     config, assumed = _with_a_layer(config, policy)
     work = workload_of(

@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_bupo.config.layout import Layout
 from megatron_bupo.config.schema import Config
+from megatron_bupo.errors import InputError
 from megatron_bupo.hf.architecture import Architecture
 from megatron_bupo.hf.experts import Experts
 from megatron_bupo.planner.counts import Stage, attention_sizes, has_experts
@@ -41,13 +42,17 @@ class Recompute:
     @staticmethod
     def of(megatron: dict[str, Any]) -> Recompute:
         """As native keys have it."""
-        modules = megatron.get(MODULES)
-        return Recompute(
-            megatron.get(GRANULARITY),
-            megatron.get(METHOD) == "block",
-            int(megatron.get(NUMBER) or 1),
-            tuple(modules) if isinstance(modules, list | tuple) else ("core_attn",),
-        )
+        granularity, method = megatron.get(GRANULARITY), megatron.get(METHOD)
+        number, modules = megatron.get(NUMBER, 1), megatron.get(MODULES, ["core_attn"])
+        for key, value, holds, expected in (
+            (GRANULARITY, granularity, granularity in (None, FULL, SELECTIVE), "full or selective"),
+            (METHOD, method, method in (None, "uniform", "block"), "uniform or block"),
+            (NUMBER, number, type(number) is int and number > 0, "a number of layers"),
+            (MODULES, modules, isinstance(modules, list), "a list of modules"),
+        ):
+            if not holds:
+                raise InputError(f"megatron.{key}={value}", f"must be {expected}")
+        return Recompute(granularity, method == "block", number, tuple(modules))
 
     def kept_and_again(self, layers: int) -> tuple[int, int]:
         """Of `layers` of a chunk: those that keep all they compute, and inputs that are kept to

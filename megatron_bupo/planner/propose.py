@@ -186,7 +186,7 @@ def _single_changes(recipe: Recipe, hardware: Hardware) -> Iterator[Changes]:
         yield {"parallel.sp": True}
     if config.rollout.engine == "sglang":
         now = config.sglang.get("mem_fraction_static", 0.88)
-        yield from ({"sglang.mem_fraction_static": f} for f in FRACTIONS if f < now)
+        yield from ({"sglang.mem_fraction_static": f} for f in FRACTIONS if f != now)
     budget = config.trainer.max_tokens_per_microbatch
     if budget > recipe.work.longest:
         yield {"trainer.max_tokens_per_microbatch": recipe.work.longest}

@@ -77,7 +77,7 @@ def serving(config: Config, arch: Architecture, work: Workload, hardware: Hardwa
     layers = arch.layers / pp
     per_token = BYTES * 2 * layers * attention_sizes(arch, 1)[1] / min(tp, arch.kv_heads)
     held = int(cache / per_token)
-    most = float(config.sglang.get(RUNNING) or work.responses)
+    most = _most_running(config) or work.responses
     mean = work.prompt_tokens / config.rollout.responses_per_prompt + work.response_tokens / 2
     room = min(most, held / mean) if held else 0.0
     together = min(room, work.responses / replicas)
@@ -134,6 +134,15 @@ def embedded(
 def _sizes(config: Config) -> tuple[int, int]:
     """Over how many GPUs a replica's layers are cut, and over how many dealt out."""
     return config.sglang.get("tp_size", 1), config.sglang.get("pp_size", 1)
+
+
+def _most_running(config: Config) -> int | None:
+    value = config.sglang.get(RUNNING)
+    if value is not None and (type(value) is not int or value < 1):
+        raise InputError(
+            f"sglang.{RUNNING}={value}", "is not a number of responses", "give 1 or more"
+        )
+    return value
 
 
 def _static_fraction(config: Config) -> float:

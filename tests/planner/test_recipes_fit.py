@@ -21,7 +21,11 @@ RECIPES = sorted(path for path in CONF.glob("*.yaml") if "models/" in path.read_
 
 def asked(recipe: Path, *overrides: str) -> Namespace:
     return Namespace(
-        recipe=str(recipe), overrides=list(overrides), prompt_tokens=None, response_tokens=None
+        recipe=str(recipe),
+        overrides=list(overrides),
+        prompt_tokens=None,
+        response_tokens=None,
+        gpus=None,
     )
 
 
