@@ -37,11 +37,12 @@ def _state(launched: record.Launched, run_dir: Path) -> str:
 def _progress(run_dir: Path) -> Iterator[str]:
     """How far it has come, by what it has written."""
     metrics = run_dir / "metrics.jsonl"
-    if metrics.exists() and (lines := metrics.read_text().splitlines()):
-        last = json.loads(lines[-1])
+    whole = metrics.read_text().rpartition("\n")[0] if metrics.exists() else ""  # one may be torn
+    if whole:
+        last = json.loads(whole.rpartition("\n")[2])
         yield f"steps       {last['step'] + 1} done, {last.get('time/step_s', 0):.1f} s the last"
-    if whole := whole_checkpoints(run_dir):
-        yield f"checkpoint  {whole[-1][1]}"
+    if checkpoints := whole_checkpoints(run_dir):
+        yield f"checkpoint  {checkpoints[-1][1]}"
     ranks = len(list((run_dir / "ranks").glob("rank-*.json")))
     if ranks:
         yield f"ranks       {ranks} have written where they stand, to {run_dir / 'ranks'}"
