@@ -159,6 +159,8 @@ def sections(shown: Sequence[Shown]) -> list[Section]:
         charts = section.charts
         if section.name == "learning":
             charts = (*charts[:1], *_benchmarks(names), *charts[1:])
+        if section.name == "internal_policy":
+            charts = (*charts, *_of_one_layer(shown))
         there = [
             replace(chart, lines=lines)
             for chart in charts
@@ -206,17 +208,33 @@ class Profile:
 
 
 def profiles(shown: Sequence[Shown], pattern: re.Pattern[str]) -> list[Profile]:
-    """Of every run that was probed for the metrics of `pattern`, whose group is the layer."""
-    found = []
-    keys = {int(m[1]): key for key in metric_names(shown) if (m := pattern.fullmatch(key))}
+    """Of every run that was probed for the metrics of `pattern`, whose group is the layer, at more
+    than one.
+    """
+    found, keys = [], _by_layer(shown, pattern)
     for run in shown:
         curves = {layer: curve(run, key) for layer, key in sorted(keys.items())}
         at = {n: dict(zip(c.at, c.values, strict=True)) for n, c in curves.items() if is_drawn(c)}
         steps = sorted({x for points in at.values() for x, y in points.items() if math.isfinite(y)})
-        if steps:
+        if steps and len(at) > 1:
             values = [[points.get(x, math.nan) for points in at.values()] for x in steps]
             found.append(Profile(run.name, [int(x) for x in steps], list(at), values))
     return found
+
+
+def _by_layer(shown: Sequence[Shown], pattern: re.Pattern[str]) -> dict[int, str]:
+    return {int(m[1]): key for key in metric_names(shown) if (m := pattern.fullmatch(key))}
+
+
+def _of_one_layer(shown: Sequence[Shown]) -> list[Chart]:
+    """What has no profile over layers, because there is but one above: over steps."""
+    every = [(title, _by_layer(shown, pattern)) for title, pattern in PROFILES]
+    return [
+        one(title.replace("later layers", f"layer {layer}"), key)
+        for title, keys in every
+        if len(keys) == 1
+        for layer, key in keys.items()
+    ]
 
 
 def seconds_per_step(run: Shown) -> dict[str, float]:

@@ -57,10 +57,17 @@ def test_the_page_holds_every_metric_of_every_run_and_needs_nothing_else():
 
 
 def test_profiles_go_over_later_layers_for_each_probe():
-    (found,) = charts.profiles(each([probed_run("a", *BUPO)]), charts.PROFILES[0][1])
+    cosines = charts.PROFILES[0][1]
+    (found,) = charts.profiles(each([probed_run("a", *BUPO)]), cosines)
     assert (found.layers, found.steps) == ([6, 7, 8, 9], [0, 4, 8, 12, 16, 20])
     assert found.values[0] == pytest.approx([1 - (layer - 5) / 9 for layer in found.layers])
     assert found.values[-1][-1] == pytest.approx(1 - 4 / 9 * (1 - 0.5 * 20 / 24))
+    of = records(*BUPO)
+    probed(of, every=4, layer=5, layers=6)
+    one_above = each([shown_run("a", of)])
+    assert charts.profiles(one_above, cosines) == []
+    titles = [chart.title for section in charts.sections(one_above) for chart in section.charts]
+    assert "Cosine of h_l with layer 6" in titles
 
 
 def test_a_long_line_is_thinned_to_means():
