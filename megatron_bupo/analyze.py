@@ -154,9 +154,11 @@ def _reader(analysis: Analysis) -> LensReader:
 
 def _check_finite(analysis: Analysis, readings: Readings) -> None:
     if not bool(readings.full_entropy.isfinite().all() and readings.layer.entropy.isfinite().all()):
-        where = f"model.path={analysis.ready.config.model.path}"
-        reason = f"its logits are not finite in {analysis.ready.config.model.dtype}"
-        raise InputError(where, reason, "check the weights, or set model.dtype=float32")
+        model = analysis.ready.config.model
+        reason, way_out = f"its logits are not finite in {model.dtype}", "check the weights"
+        if model.dtype != "float32":
+            way_out += ", or set model.dtype=float32"
+        raise InputError(f"model.path={model.path}", reason, way_out)
 
 
 def _keep(
