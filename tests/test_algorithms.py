@@ -51,7 +51,13 @@ def dumped(run_dir: Path, step: int) -> list[RecordedRollout]:
     return read_rollouts(run_dir / "rollouts" / f"step-{step:06d}.jsonl")
 
 
-@pytest.mark.parametrize(("estimator", "words"), METHODS.items(), ids=METHODS)
+@pytest.mark.parametrize(
+    ("estimator", "words"),
+    [
+        pytest.param(*method, id=method[0], marks=[pytest.mark.slow] * (method[0] != "rloo"))
+        for method in METHODS.items()
+    ],
+)
 def test_both_phases_learn_by_the_advantages_that_are_asked_for(
     bed: Bed, tmp_path: Path, estimator: str, words: list[str]
 ):

@@ -215,7 +215,7 @@ def test_a_reward_function_that_raises_hangs_or_crashes_costs_its_rollout_and_is
     assert sum(line["rollout/reward_mean"] for line in lines) * 16 == len(kinds) - failed
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_when_nobody_reads_its_output(bed: Bed, tmp_path: Path, world: int):
     running = start("train", *bed.settings(tmp_path, "steps=3", *SHORT, f"parallel.pp={world}"))
     assert os.read(running.pipes[0], 4) == b"step"

@@ -52,7 +52,6 @@ FAST = [
     ("one rank", False, "float32"),
     ("one rank", False, "bfloat16"),
     ("PP2", True, "float32"),
-    ("TP2 DP2 distributed optimizer", True, "bfloat16"),
 ]
 FREEZING = [
     pytest.param(
@@ -80,6 +79,7 @@ EXPERTS = pytest.param(
     False,
     "bfloat16",
     id="TP2 EP2 SP distributed optimizer, experts, bfloat16",
+    marks=pytest.mark.slow,
 )
 
 

@@ -122,7 +122,14 @@ def _against_dense_groups(
         pytest.param(
             2, {"pp": 2}, True, "bfloat16", id="PP2, tied, bfloat16", marks=pytest.mark.slow
         ),
-        pytest.param(4, DIST_OPT, False, "float32", id="TP2 DP2 distributed optimizer"),
+        pytest.param(
+            4,
+            DIST_OPT,
+            False,
+            "float32",
+            id="TP2 DP2 distributed optimizer",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_rates_are_those_of_a_dense_adamw_with_parameter_groups(
