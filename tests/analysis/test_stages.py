@@ -118,8 +118,8 @@ def test_the_level_of_the_exploration_region_is_the_nearest_of_all():
     ids=["linear", "exponential", "one high", "hump"],
 )
 def test_exploration_that_fades_out_is_not_cut_at_half_its_level(exploring: Sequence[float]):
+    changes = np.concatenate([exploring, np.linspace(0.02, -0.1, 20), np.linspace(-2, -8, 10)])
     for noise in np.random.default_rng(0).normal(0, 0.04, size=(20, 36)):
-        changes = np.concatenate([exploring, np.linspace(0.02, -0.1, 20), np.linspace(-2, -8, 10)])
         [end] = exploration_ends(changes[None] + noise, 0.05).tolist()
         assert end == 6
     assert find_stages(changes).high < exploring[-1]
