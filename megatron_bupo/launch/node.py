@@ -48,18 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    code = None
-    launch_dir(run_dir).mkdir(parents=True, exist_ok=True)
-    if first := node_rank() == 0:
-        node_file(run_dir).write_text(json.dumps({"pid": os.getpid(), "code": None}))
-    try:
-        code = _torchrun(args, run_dir, settings)
-    finally:
-        if first:
-            node_file(run_dir).write_text(json.dumps({"pid": os.getpid(), "code": code}))
+    _note(run_dir, None)
+    code = _torchrun(args, run_dir, settings)
+    _note(run_dir, code)
     if code == TRY_AGAIN:
         again_file(run_dir).write_text(f"{start_name()}\n")
     return code
+
+
+def _note(run_dir: Path, code: int | None) -> None:
+    """Write down how the first node is."""
+    launch_dir(run_dir).mkdir(parents=True, exist_ok=True)
+    if node_rank() == 0:
+        node_file(run_dir).write_text(json.dumps({"pid": os.getpid(), "code": code}))
 
 
 def hold_back() -> None:
