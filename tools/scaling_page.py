@@ -46,7 +46,7 @@ COMPARED = """\
   not know their lengths; with responses of 2048 tokens in the mean (at most 4096) and 64 prompts
   x 32 the planner says {on:.0f} and {off:.0f} for ours.
 - verl, Qwen3-30B-A3B, share of peak in training: 0.40, 0.37, 0.31 on 8, 16, 32 GPUs. The planner
-  says {mfu:.2f} for the 16 GPUs that train on 32, which compute activations twice.
+  says {mfu:.2f} for the 16 GPUs that train, of 32.
 - NeMo-RL trains 70B models under TP4 x PP4 on 64 GPUs, the recipe's layout too. It has published
   no time for it that we know of, and we know no public 70B recipe with Megatron and SGLang.
 

@@ -127,6 +127,7 @@ def test_disk_is_measured_against_what_a_checkpoint_takes(tmp_path: Path):
     assert room("models/Qwen3-235B-A22B") == PROBLEM
 
 
+@pytest.mark.slow
 def test_all_findings_are_told_and_a_problem_is_exit_code_1(tmp_path: Path):
     out = tmp_path / "found.json"
     done = run("doctor", "--json", out, f"model.path={tmp_path / 'none'}", "data.train=no.jsonl")
