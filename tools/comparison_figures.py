@@ -55,7 +55,7 @@ def draw(
         "entropies": _panels(curves, shown, reference, ENTROPY),
     }
     if all(run.probed for of in curves.values() for run in of.values()):
-        figures["perplexities"] = _panels(curves, shown, reference, PERPLEXITY, log=True)
+        figures["perplexities"] = _panels(curves, shown, reference, PERPLEXITY)
     return [_save(figure, out / f"{name}.png") for name, figure in figures.items()]
 
 
@@ -72,10 +72,10 @@ def _panels(
     panels: Mapping[str, Sequence[str]],
     reference: str,
     drawn: Drawn,
-    *,
-    log: bool = False,
 ) -> Figure:
-    """Means over seeds with a band of one standard deviation, the reference in every panel."""
+    """Means over seeds with a band of one standard deviation, the reference in every panel; below
+    them where guards ended internal phases.
+    """
     from matplotlib.figure import Figure
 
     columns = min(COLUMNS, len(panels))
@@ -85,14 +85,13 @@ def _panels(
     colour_of = {reference: REFERENCE}
     for axes, (title, names) in zip(grid, panels.items(), strict=False):
         free = [c for c in COLOURS if c not in {colour_of.get(name) for name in names}]
-        for name in [reference, *(name for name in names if name != reference)]:
+        for place, name in enumerate([reference, *(n for n in names if n != reference)]):
             if name not in colour_of:
                 colour_of[name] = free.pop(0) if free else COLOURS[0]
             _band(axes, [drawn.of(run) for run in curves[name].values()], colour_of[name], name)
+            _mark(axes, [run.left_at for run in curves[name].values()], colour_of[name], place)
         axes.set_title(title, fontsize=10, loc="left")
         axes.legend(frameon=False, fontsize=8, loc="best")
-        if log:
-            axes.set_yscale("log")
         _plain(axes)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
@@ -114,6 +113,12 @@ def _band(
     if len(runs) > 1:
         sd = values.std(0, ddof=1)
         axes.fill_between(at, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
+
+
+def _mark(axes: Axes, left_at: Sequence[int | None], colour: str, row: int) -> None:
+    at = [step for step in left_at if step is not None]
+    style = {"marker": "^", "s": 26, "color": colour, "linewidths": 0}
+    axes.scatter(at, [0.035 * row] * len(at), transform=axes.get_xaxis_transform(), **style)
 
 
 def _differences(comparison: Comparison, panels: Mapping[str, Sequence[str]]) -> Figure:
