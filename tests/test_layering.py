@@ -54,7 +54,7 @@ MAY_IMPORT = {
         "progress",
         "algorithm",
     },
-    "analysis": {"errors", "durable", "intervals"},
+    "analysis": {"errors", "durable", "intervals", "pages"},
     "planner": {"config", "errors", "hf"},
     "bed": {"types", "config", "errors", "durable", "data", "hf"},
 }
