@@ -200,3 +200,21 @@ def test_a_run_that_was_not_watched_from_the_start_cannot_be_guarded(bed: Bed, t
     assert done.code == 2
     assert "bupo.guard.perplexity_ratio" in done.err
     assert "did not look at probe/perplexity before its first step" in done.err
+
+
+@pytest.mark.slow
+def test_an_actor_of_few_layers_hands_over_where_the_guard_says_and_again_when_resumed(
+    bed: Bed, tmp_path: Path
+):
+    wild = ["optimizer.lr=5e-3", "bupo.guard.response_tokens_ratio=1.0001"]  # answers never end
+    blind = ["bupo.internal_layout.pp=1", "bupo.guard.perplexity_ratio=null"]
+    own = [*TIGHT, "bupo.guard.patience=1", *blind, *wild, "steps=4", "checkpoint.every=9"]
+    bed.train(tmp_path, *own)
+    lines = metrics(tmp_path)
+    trip = [line.get("guard/tripped") for line in lines].index(1.0)
+    assert [line["policy"] == "full" for line in lines] == [step >= trip for step in range(4)]
+    assert ["probe/perplexity" in line for line in lines] == [step > trip for step in range(4)]
+    for name in checkpoints(tmp_path):
+        if name > f"step_{trip:06d}":
+            shutil.rmtree(tmp_path / "checkpoints" / name)
+    assert bed.train(tmp_path, *own) == lines

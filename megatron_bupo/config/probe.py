@@ -26,9 +26,9 @@ class GuardConfig:
     """Leave the internal phase for good when a probe crosses one of these bounds; null: none."""
 
     enabled: bool = False
-    # Of the full policy on fixed texts, to that at step 0: texts of its own cost it 0.05 nats a
-    # token more. All that the paper's Figure 5 shows goes from 1.20 to 1.28
-    perplexity_ratio: float | None = 1.05
+    # Of the full policy on fixed texts, to that at step 0; where they are its own answers, the
+    # logarithm is its KL from what it was: 0.1 nats a token
+    perplexity_ratio: float | None = 1.1
     kl_increase_nats: float | None = None  # of KL(internal || full), over that at step 0
     repetition_increase: float | None = 0.2  # of the fraction of repeated 4-grams in responses
     response_tokens_ratio: float | None = 2.0  # of the mean length, to that at step 0

@@ -38,7 +38,7 @@ def test_settings_that_do_what_they_say_pass(settings: list[str]):
         ([*INTERNAL, "bupo.guard=true"], "bupo.guard.enabled=true: judges by probes"),
         (["bupo.guard=true", "probe.every=2"], "there is no internal phase"),
         ([*GUARD, "bupo.guard.perplexity_ratio=null", *NO_ANSWERS], "has no bound"),
-        ([*GUARD, "bupo.internal_layout.pp=1"], "bupo.guard.perplexity_ratio=1.05: asks what the"),
+        ([*GUARD, "bupo.internal_layout.pp=1"], "bupo.guard.perplexity_ratio=1.1: asks what the"),
         (
             [
                 *GUARD,
