@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from megatron_bupo import checkpoints
-from megatron_bupo.algorithm.bupo import InternalLayerPolicy, PhaseSchedule, Policy
+from megatron_bupo.algorithm.bupo import InternalLayerPolicy, PhaseSchedule
 from megatron_bupo.config import Config, expand, flatten, to_yaml
 from megatron_bupo.config.checks import doubts
 from megatron_bupo.data.order import PromptStream
@@ -27,7 +27,6 @@ from megatron_bupo.mcore.phase_actor import plan_actor
 from megatron_bupo.planning_credit import PlanningCredit
 from megatron_bupo.preflight import Preflight
 from megatron_bupo.probe import Probe
-from megatron_bupo.probe_texts import given_texts, sampled_texts
 from megatron_bupo.record.heartbeat import heartbeat
 from megatron_bupo.record.journal import Journal
 from megatron_bupo.record.mismatch import Mismatch
@@ -50,8 +49,7 @@ def build(ready: Preflight) -> Run:
         stack.enter_context(heartbeat(run_dir, ready.layout.world, config.logging.stall_s))
         replay = None if config.debug.replay is None else Replay(config.debug.replay)
         most = config.rollout.max_response_tokens
-        # early: its process starts while the rest loads
-        grader = replay or Grader(config.reward, max_response_tokens=most)
+        grader = replay or Grader(config.reward, max_response_tokens=most)  # early: starts aside
         stack.callback(grader.close)
         first_step, path = checkpoints.newest_checkpoint(run_dir) or (0, None)
         guard = Guard(config.bupo.guard, run_dir, Watch.of(path), writes=is_first_rank())
@@ -75,7 +73,6 @@ def build(ready: Preflight) -> Run:
         stack.enter_context(journal)
         _tell(journal, ready, path)
         prompts = replay or prompt_stream(config, tokenizer)
-        asked = _benchmarks(config, tokenizer)
         run = Run(
             config=config,
             architecture=arch,
@@ -84,35 +81,24 @@ def build(ready: Preflight) -> Run:
             critic=critic,
             engine=engine,
             grader=grader,
-            rollouts=_rollouts(
-                config,
-                engine,
-                prompts,
-                policy_at=lambda step: run.schedule.policy_at(step),  # noqa: PLW0108 - as above
-                first_step=first_step,
-            ),
-            benchmarks=asked,
+            rollouts=_rollouts(config, engine, prompts, first_step, lambda: run),
+            benchmarks=(asked := _benchmarks(config, tokenizer)),
             schedule=schedule,
-            probe=_probe(
-                ready, engine, prompts, asked=asked, first_step=first_step, say=journal.say
-            ),
+            probe=_probe(ready, engine, prompts, asked, journal),
             guard=guard,
             credit=PlanningCredit.of(config) if config.hicra.enabled else None,
             journal=journal,
             skipped=SkippedUpdates(config.optimizer),
             critic_skipped=SkippedUpdates(config.critic.optimizer, of_critic=True),
             mismatch=Mismatch(config),
-            pad_id=0,  # masked out everywhere: any id will do
             first_step=first_step,
             trained_layers=0 if path is None else checkpoints.read_run(path)["trained_layers"],
             world=ready.layout.world,
             learned=first_step,
-            closing=ExitStack(),
         )
         if path is not None:
             engine.load_weights(trainer.all_weights(), version=config.learned_steps(first_step))
         engine.wait_until_up(journal.say)
-        guard.forget_the_future()
         run.closing = stack.pop_all()
         return run
 
@@ -139,13 +125,12 @@ def _rollouts(
     config: Config,
     engine: RolloutEngine,
     prompts: PromptStream | Replay,
-    *,
-    policy_at: Callable[[int], Policy],
     first_step: int,
+    the_run: Callable[[], Run],
 ) -> RolloutStream:
     def staleness_at(step: int) -> int:
         # Nothing could weigh what is stale where sampler and learner are two policies
-        internal = isinstance(policy_at(step), InternalLayerPolicy)
+        internal = isinstance(the_run().schedule.policy_at(step), InternalLayerPolicy)
         return 0 if internal else config.rollout.max_staleness
 
     return RolloutStream(
@@ -170,30 +155,22 @@ def _probe(
     ready: Preflight,
     engine: RolloutEngine,
     prompts: PromptStream | Replay,
-    *,
     asked: Sequence[Benchmark],
-    first_step: int,
-    say: Callable[[str], None],
+    journal: Journal,
 ) -> Probe | None:
     """What is looked at every `probe.every` steps; None: nothing is."""
-    config, arch = ready.config, ready.architecture
+    config = ready.config
     if not config.probe.every:
         return None
-    run_dir = Path(expand(config.run_dir))
-    texts = given_texts(config, arch)
-    if texts is None and first_step:
-        texts = sampled_texts(run_dir, arch)
     first = [prompt for benchmark in asked for prompt in benchmark.prompts]
     if not first and isinstance(prompts, PromptStream):
         first = prompts.first(config.probe.prompts)
     return Probe(
         config,
-        run_dir,
-        layers=arch.layers,
-        texts=texts,
+        ready.architecture,
         prompts=first[: config.probe.prompts],
         engine=None if isinstance(engine, Replay) else engine,
-        say=say,
+        say=journal.say,
     )
 
 

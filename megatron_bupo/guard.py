@@ -109,6 +109,8 @@ class Guard:
         self.config, self.watch, self._writes = config, watch, writes
         self._path = run_dir / GUARD
         self._looked = -1, watch  # the step of the last probe, and what was known before it
+        if watch.left_before is None and writes:  # one may have acted after where this run goes on
+            self._path.unlink(missing_ok=True)
 
     def judge(self, step: int, policy: Policy, seen: Mapping[str, float]) -> list[str] | None:
         """What of the probe `seen` before `step`, which is to train `policy`, is out of bounds;
@@ -159,8 +161,3 @@ class Guard:
             f"guard: step {step + 1} and all after it train the full policy, and no longer "
             f"{policy}: {'; '.join(reasons)}{kept}"
         )
-
-    def forget_the_future(self) -> None:
-        """What stands in run_dir of a guard that came to act after where this run goes on, goes."""
-        if self.watch.left_before is None and self._writes:
-            self._path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from megatron_bupo import collective
 from megatron_bupo.algorithm.bupo import FULL
 from megatron_bupo.algorithm.repetition import repeated_fraction
 from megatron_bupo.commands.score import GivenResponse
+from megatron_bupo.config import expand
 from megatron_bupo.config.probe_rules import max_response_tokens, watched_layer
 from megatron_bupo.config.schema import Config
 from megatron_bupo.data.packing import in_rounds
@@ -25,10 +26,17 @@ from megatron_bupo.durable import replace_text
 from megatron_bupo.engines import noise_seed
 from megatron_bupo.errors import InputError
 from megatron_bupo.generate import Answers, lines_of, not_graded
+from megatron_bupo.hf.architecture import DecoderSizes
 from megatron_bupo.mcore.probe_readings import ProbeReader, ProbeReadings
 from megatron_bupo.mcore.row_reader import tokens_at_once
 from megatron_bupo.mcore.trainer import MegatronTrainer
-from megatron_bupo.probe_texts import FOLDER, SAMPLED, ProbeTexts
+from megatron_bupo.probe_texts import (
+    FOLDER,
+    SAMPLED,
+    ProbeTexts,
+    given_texts,
+    sampled_texts,
+)
 from megatron_bupo.rollout.engine import RolloutEngine
 from megatron_bupo.score import as_batch
 from megatron_bupo.types import Prompt, RolloutGroup, Sampling, TokenBatch
@@ -42,20 +50,20 @@ class Probe:
     def __init__(
         self,
         config: Config,
-        run_dir: Path,
+        architecture: DecoderSizes,
         *,
-        layers: int,
-        texts: ProbeTexts | None,
         prompts: Sequence[Prompt],
         engine: RolloutEngine | None,
         say: Callable[[str], None],
     ) -> None:
-        """`texts` None: the first answers to `prompts` become it; `engine` None: nobody answers."""
-        self.config, self.engine, self.layers, self._say = config, engine, layers, say
+        """`prompts` are asked where `probe.responses` names no texts, and their first answers
+        become those; `engine` None: nobody answers.
+        """
+        self.config, self.architecture, self.engine = config, architecture, engine
         self.layer = watched_layer(config)
-        self._texts = texts
-        self._prompts = prompts if texts is None else texts.prompts
-        self._path = run_dir / FOLDER / SAMPLED
+        self.run_dir = Path(expand(config.run_dir))
+        self._say, self._prompts = say, prompts
+        self._texts = given_texts(config, architecture)
         self._told = False
 
     def is_due(self, step: int) -> bool:
@@ -64,13 +72,15 @@ class Probe:
 
     def look(self, trainer: MegatronTrainer, step: int) -> dict[str, float]:
         """What there is to see before `step`. Collective."""
-        answers = self._answers()
+        if self._texts is None and step:  # the first probe of a run that goes on
+            self._texts = sampled_texts(self.run_dir, self.architecture)
+        answers = self._answers(self._prompts if self._texts is None else self._texts.prompts)
         if self._texts is None:
             self._texts = self._keep(answers, step)
         seen = self._read(trainer, self._texts.responses)
         return seen | (answer_measures(answers) if answers else {})
 
-    def _answers(self) -> list[RolloutGroup]:
+    def _answers(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         if self.engine is None:
             return []
         rollout = self.config.rollout
@@ -81,7 +91,7 @@ class Probe:
             top_p=rollout.top_p,
             seed=noise_seed(self.config.seed, NOISE),
         )
-        return self.engine.generate(self._prompts, sampling)
+        return self.engine.generate(prompts, sampling)
 
     def _keep(self, answers: Sequence[RolloutGroup], step: int) -> ProbeTexts:
         """The `answers` as texts from now on."""
@@ -96,16 +106,17 @@ class Probe:
             reason = f"the model answered nothing to the {len(given)} prompts of the probe"
             raise InputError(where, reason, "give texts as probe.responses")
         if collective.is_first():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            path = self.run_dir / FOLDER / SAMPLED
+            path.parent.mkdir(parents=True, exist_ok=True)
             lines = lines_of(Answers(FULL, answers, not_graded(answers)))
-            replace_text(self._path, "".join(f"{line}\n" for line in lines))
+            replace_text(path, "".join(f"{line}\n" for line in lines))
         responses = (GivenResponse(p + r, len(p)) for p, r in given if r)
         return ProbeTexts(tuple(responses), tuple(self._prompts))
 
     def _read(
         self, trainer: MegatronTrainer, responses: Sequence[GivenResponse]
     ) -> dict[str, float]:
-        whole = trainer.arch.layers == self.layers
+        whole = trainer.arch.layers == self.architecture.layers
         if not whole and not self._told:
             self._told = True
             self._say(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -60,12 +60,12 @@ class Run:
     skipped: SkippedUpdates
     critic_skipped: SkippedUpdates
     mismatch: Mismatch
-    pad_id: int
     first_step: int
     learned: int  # steps whose updates are made
     trained_layers: int  # by the steps before the first
     world: int
-    closing: ExitStack
+    pad_id: int = 0  # masked out everywhere: any id will do
+    closing: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Run:
         return self
