@@ -12,17 +12,17 @@ _NORMAL_FROM = 10_000  # degrees of freedom, where Student's distribution is the
 def student_quantile(confidence: float, freedom: int) -> float:
     """t such that Student's distribution with `freedom` degrees has `confidence` in [-t, t]."""
     low, high = 0.0, 1.0
-    while _student_inside(high, freedom) < confidence:
+    while student_inside(high, freedom) < confidence:
         high *= 2
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (
-            (middle, high) if _student_inside(middle, freedom) < confidence else (low, middle)
+            (middle, high) if student_inside(middle, freedom) < confidence else (low, middle)
         )
     return high
 
 
-def _student_inside(t: float, freedom: int) -> float:
+def student_inside(t: float, freedom: int) -> float:
     """The probability of [-t, t]: Abramowitz and Stegun 26.7.3 and 26.7.4."""
     if freedom >= _NORMAL_FROM:
         return math.erf(t / math.sqrt(2))

@@ -15,6 +15,7 @@ from megatron_bupo.algorithm.planning_tokens import StrategicGrams, planning_mas
 from megatron_bupo.config.checks import check
 from megatron_bupo.data.gram_files import read_grams
 from megatron_bupo.evaluation.scores import passes
+from megatron_bupo.intervals import student_inside, student_quantile
 from megatron_bupo.record.metrics import read_metrics
 from tests import runs
 from tools.compare_methods import CONFIG, METHODS, main
@@ -24,8 +25,6 @@ from tools.comparison_statistics import (
     Difference,
     budget_of,
     sampling_noise,
-    share_within,
-    t_quantile,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -156,13 +155,14 @@ def test_students_distribution_is_its_density_added_up(df: int):
     at = np.linspace(0, 3, 30_001)
     scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
     density = scale * (1 + at**2 / df) ** (-(df + 1) / 2)
-    assert share_within(3.0, df) == pytest.approx(2 * np.trapezoid(density, at), abs=1e-8)
-    assert share_within(t_quantile(0.95, df), df) == pytest.approx(0.95, abs=1e-12)
+    assert student_inside(3.0, df) == pytest.approx(2 * np.trapezoid(density, at), abs=1e-8)
+    assert student_inside(student_quantile(0.95, df), df) == pytest.approx(0.95, abs=1e-12)
 
 
 def test_quantiles_are_those_of_the_tables():
-    assert [round(t_quantile(0.95, df), 3) for df in (1, 2, 4, 9)] == [12.706, 4.303, 2.776, 2.262]
-    assert t_quantile(0.95, 10_000) == pytest.approx(NormalDist().inv_cdf(0.975), abs=1e-3)
+    found = [round(student_quantile(0.95, df), 3) for df in (1, 2, 4, 9)]
+    assert found == [12.706, 4.303, 2.776, 2.262]
+    assert student_quantile(0.95, 10_000) == pytest.approx(NormalDist().inv_cdf(0.975), abs=1e-3)
 
 
 def test_nineteen_of_twenty_intervals_hold_the_true_difference():

@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from megatron_bupo.intervals import student_quantile
 
 CONFIDENCE = 0.95
 CLIPPED = "update/ratio_clipped_fraction"
@@ -124,40 +125,14 @@ class Difference(NamedTuple):
         return cls(
             mean,
             error,
-            error * t_quantile(CONFIDENCE, n - 1),
-            error * t_quantile(at_all, n - 1),
+            error * student_quantile(CONFIDENCE, n - 1),
+            error * student_quantile(at_all, n - 1),
         )
 
     @property
     def stars(self) -> int:
         """0: the interval includes 0; 1: it does not; 2: nor does the wider one."""
         return (abs(self.mean) > self.half) + (abs(self.mean) > self.half_of_all)
-
-
-@cache
-def t_quantile(confidence: float, df: int) -> float:
-    """The t within whose +-t Student's distribution with `df` degrees of freedom has the share
-    `confidence`.
-    """
-    low, high = 0.0, 1.0
-    while share_within(high, df) < confidence:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if share_within(middle, df) < confidence else (low, middle)
-    return (low + high) / 2
-
-
-def share_within(t: float, df: int) -> float:
-    """P(|T| < t), in closed form for whole `df`: Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(df))
-    odd = df % 2
-    term = math.cos(angle) if odd else 1.0
-    total = term if df > 1 else 0.0
-    for power in range(odd, df - 3, 2):
-        term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
-        total += term
-    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
 
 
 def budget_of(curves: Sequence[Curve]) -> float:
