@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,9 +229,7 @@ class _Pending:
 
     def __init__(self, engine: SGLangEngine, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         self.engine, self.prompts, self.sampling = engine, prompts, sampling
-        self._work: Future[list[RolloutGroup]] | None = None
-        if collective.is_first():
-            self._work = engine.loop.start(self._run())
+        self._work = engine.loop.start(self._run()) if collective.is_first() else None
 
     def collect(self) -> list[RolloutGroup]:
         """A group per prompt, in order, the same on every rank. Collective."""
@@ -247,12 +244,10 @@ class _Pending:
                 stopping.vote()
 
     async def _next(self) -> list[RolloutGroup] | Plan | None:
-        """The responses, or servers to bring up to date before there are more; None: neither yet,
-        for a while.
-        """
-        until = time.monotonic() + collective.WAIT_S
+        """The responses, or servers to bring up to date first; None: neither within `WAIT_S`."""
         assert self._work is not None
         fleet, work = self.engine.fleet, asyncio.wrap_future(self._work)
+        until = time.monotonic() + collective.WAIT_S
         while not work.done():
             await fleet.switch_read_outs(self.engine.model.sizes.layers)
             if fleet.behind:

@@ -28,7 +28,9 @@ def start(module: str, *words: object, log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", f"megatron_bupo.launch.{module}", *map(str, words)]
     own = {"BUPO_FIRST_NODE": "127.0.0.1", START: "job-7", "GLOO_SOCKET_IFNAME": "lo"}
     with log.open("wb") as file:
-        return subprocess.Popen(command, env={**os.environ, **own}, cwd=ROOT, stdout=file, stderr=2)
+        return subprocess.Popen(
+            command, env={**os.environ, **own}, cwd=ROOT, stdout=file, stderr=file
+        )
 
 
 @pytest.fixture
