@@ -25,6 +25,7 @@ from megatron_bupo.record.summary import GUARD
 METRICS = {
     "perplexity_ratio": ("probe/perplexity", True),
     "kl_increase_nats": ("probe/kl_internal_to_full_nats", False),
+    "entropy_increase_nats": ("probe/full_entropy_nats", False),
     "repetition_increase": ("probe/repetition_fraction", False),
     "response_tokens_ratio": ("probe/response_tokens_mean", True),
 }

@@ -133,6 +133,7 @@ def test_groups_without_a_signal_are_replaced_by_those_of_further_prompts(replac
     assert any(shifts)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_on_other_ranks_replaces_the_same_groups(
     bed: Bed, replaced: Path, tmp_path: Path
 ):

@@ -105,6 +105,7 @@ def test_layers_are_those_of_transformers(
         assert by_token[name] == pytest.approx(values.T.flatten().tolist(), abs=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_killed_analysis_goes_on_to_the_same_bits(tmp_path: Path, model: Path, responses: Path):
     out = tmp_path / "out"
     analyze(model, out, "--responses", responses)

@@ -20,6 +20,7 @@ def train(bed: Bed, run_dir: Path, *more: str) -> Done:
     return run("train", *bed.settings(run_dir), AUTO, "bupo.auto_prompts=3", *more)
 
 
+@pytest.mark.slow
 def test_a_run_trains_the_layer_that_its_analysis_recommends_and_keeps_it(bed: Bed, tmp_path: Path):
     run_dir = tmp_path / "run"
     done = train(bed, run_dir, "steps=1", "checkpoint.every=1")

@@ -155,6 +155,7 @@ def test_a_training_checkpoint_becomes_the_model_that_the_run_leaves(
     assert files(tmp_path / "hf") == files(finished / "hf")
 
 
+@pytest.mark.slow
 def test_it_does_so_without_the_model_that_the_run_began_with(finished: Path, tmp_path: Path):
     path = tmp_path / "run" / "checkpoints" / "step_000006"
     shutil.copytree(finished / "checkpoints" / "step_000006", path)

@@ -93,6 +93,7 @@ def expected(model: Any, policy: Any, aggregation: str) -> list[dict[str, float]
     return [{"update/loss": half.loss, "update/grad_norm": half.grad_norm} for half in halves]
 
 
+@pytest.mark.slow
 def test_empty_responses_weigh_nothing_on_any_rank_and_are_written_down(
     tiny_model_dir: Callable[..., Path], tmp_path: Path
 ):

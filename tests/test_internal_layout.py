@@ -32,6 +32,7 @@ def weights(model_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(model_dir / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_its_record_and_its_model_are_those_of_the_run_in_place(own: Path, finished: Path):
     for step, (ours, theirs) in enumerate(zip(metrics(own), metrics(finished), strict=True)):
         assert ours.pop("policy") == theirs.pop("policy")

@@ -62,6 +62,7 @@ def test_full_steps_are_begun_one_step_early_and_internal_and_resumed_ones_are_o
     assert max(oldest) == 1
 
 
+@pytest.mark.slow
 def test_only_full_steps_weigh_their_tokens_and_only_stale_ones_not_alike(overlapped: Path):
     lines = metrics(overlapped)
     for line in lines:

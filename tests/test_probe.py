@@ -137,6 +137,7 @@ def test_the_guard_ends_the_phase_and_says_why(guarded: Path):
     assert [reason.split()[0] for reason in left["reasons"]] == ["probe/perplexity"]
 
 
+@pytest.mark.slow
 def test_it_ends_with_the_numbers_of_a_run_whose_phase_was_so_long(
     bed: Bed, guarded: Path, tmp_path: Path
 ):
@@ -179,6 +180,7 @@ def test_while_the_guard_is_content_it_keeps_the_newest_probe_and_then_no_other(
     assert not (tmp_path / "guard.json").exists()
 
 
+@pytest.mark.slow
 def test_a_replay_reads_texts_without_an_engine(bed: Bed, watched: Path, tmp_path: Path):
     quiet = [*SHORT, "steps=4", "checkpoint.every=9"]
     file = f"probe.responses={watched / 'probe' / 'responses.jsonl'}"

@@ -51,6 +51,7 @@ def test_a_rank_that_dies_is_named():
         run_ranks(2, die)
 
 
+@pytest.mark.slow
 def test_ranks_that_hang_are_killed_with_what_they_started(tmp_path: Path):
     def hang() -> None:
         child = subprocess.Popen(["sleep", "60"])

@@ -61,6 +61,7 @@ def test_a_run_that_goes_on_keeps_the_reference_that_it_began_with(
     assert_measured(lines)
 
 
+@pytest.mark.slow
 def test_one_update_a_step_needs_no_pass_before_it_and_measures_the_same(bed: Bed, tmp_path: Path):
     lines = bed.train(tmp_path, *SHORT)
     assert passes(tmp_path) == [set()] * 4

@@ -30,6 +30,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_numbers_are_drawn_as(drawn: Path):
     assert (drawn / "report.html").read_bytes() == (EXAMPLE / "report.html").read_bytes()
 

@@ -160,12 +160,16 @@ def megatron_work(kind: str, bed: Path, run_dir: Path, stack: ExitStack) -> Work
     (gpt,) = run.trainer.gpt_chunks
     steps = count()
 
+    def bed_step() -> None:
+        step = next(steps)
+        train_step(run, step, run.policy_for(step))
+
     def logits(ids: Tensor) -> Tensor:
         row = Packing([ids.shape[1]] * len(ids), ids.numel(), Split()).row(cpu.CPU)
         positions = row.positions.unsqueeze(0)
         return gpt(ids.reshape(1, -1), positions, None, packed_seq_params=row).view(*ids.shape, -1)
 
-    return forward_backward(logits) | {BED_STEP: lambda: train_step(run, next(steps))}
+    return forward_backward(logits) | {BED_STEP: bed_step}
 
 
 def plain_work(bed: Path) -> Work:

@@ -116,7 +116,7 @@ def run_steps(ready: Preflight, cpu_file: Path) -> None:
         spent = torch.zeros(ready.config.steps, dtype=torch.float64)
         for step in range(ready.config.steps):
             start = time.process_time()
-            train_step(run, step)
+            train_step(run, step, run.policy_for(step))
             spent[step] = 1000 * (time.process_time() - start)
         dist.all_reduce(spent)
         if dist.get_rank() == 0:

@@ -216,7 +216,7 @@ def our_step(bed: Path, overrides: Sequence[str], turns: Turns) -> None:
     with build(preflight(config, None)) as run:
         for step in count():
             turns.wait()
-            train_step(run, step)
+            train_step(run, step, run.policy_for(step))
             turns.stop()
             turns.tell()
 

@@ -133,7 +133,7 @@ def in_a_process(function: Callable[..., None], config: Config, *args: object) -
 def begin(run: Run) -> None:
     """The internal phase, and a checkpoint of its end."""
     for step in range(run.config.bupo.internal_steps):
-        train_step(run, step)
+        train_step(run, step, run.policy_for(step))
     run.save(run.config.bupo.internal_steps)
 
 
@@ -159,7 +159,7 @@ def go_on(run: Run, out: Path) -> None:
 
     trainer.update = watched  # type: ignore[method-assign]
     for step in range(run.first_step, run.config.steps):
-        train_step(run, step)
+        train_step(run, step, run.policy_for(step))
     out.write_text(json.dumps(sizes))
 
 

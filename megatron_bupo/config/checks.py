@@ -109,7 +109,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         optimizer.eps optimizer.clip_grad critic.clip_range critic.optimizer.eps
         critic.optimizer.clip_grad rollout.step_budget_s servers.start_timeout_s
         servers.request_timeout_s servers.batch_timeout_s servers.health_every_s sync.timeout_s
-        bupo.guard.kl_increase_nats bupo.guard.repetition_increase""",
+        bupo.guard.kl_increase_nats bupo.guard.entropy_increase_nats
+        bupo.guard.repetition_increase""",
     ),
     (
         "greater than 0 and at most 1",

@@ -30,6 +30,7 @@ class GuardConfig:
     # logarithm is its KL from what it was: 0.1 nats a token
     perplexity_ratio: float | None = 1.1
     kl_increase_nats: float | None = None  # of KL(internal || full), over that at step 0
+    entropy_increase_nats: float | None = None  # of the full policy on fixed texts, likewise
     repetition_increase: float | None = 0.2  # of the fraction of repeated 4-grams in responses
     response_tokens_ratio: float | None = 2.0  # of the mean length, to that at step 0
     patience: int = 1  # probes in a row that must cross a bound

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_bupo.config.schema import AUTO, Config
 from megatron_bupo.errors import InputError
 
-NEEDS_ALL_LAYERS = ("perplexity_ratio", "kl_increase_nats")
+NEEDS_ALL_LAYERS = ("perplexity_ratio", "kl_increase_nats", "entropy_increase_nats")
 NEEDS_ANSWERS = ("repetition_increase", "response_tokens_ratio")
 
 

@@ -45,6 +45,7 @@ def test_a_directory_is_made_and_held_for_the_block(tmp_path: Path):
         pass
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_waited_for_until_its_last_rank_is_gone(tmp_path: Path):
     killed = fork(lambda: hold_until_killed(tmp_path, lives_on_s=1.5))
     wait_for(tmp_path / "held")

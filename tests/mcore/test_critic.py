@@ -157,6 +157,7 @@ def learn_by_heart(model_dir: Path, batch: TokenBatch) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_critic_begins_with_a_head_of_zeros_and_learns_what_is_to_be_learned(
     tiny_model_dir: Callable[..., Path],
 ):

@@ -183,6 +183,7 @@ def test_no_thread_and_no_signal_handler_stay(tmp_path: Path, capfd: pytest.Capt
     assert left_in(tmp_path) == [] == [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_nothing_of_it(finished: Path):
     assert not {"ranks", "stall.txt"} & {path.name for path in finished.iterdir()}
 

@@ -86,6 +86,7 @@ def test_every_hostile_response_gets_a_number_in_range_or_a_warning(grades) -> N
             assert "\n" not in grade.warning
 
 
+@pytest.mark.slow
 def test_no_hostile_response_is_right(grades) -> None:
     right = {
         (response, answer, name)
