@@ -93,7 +93,7 @@ def way_to_fit(recipe: Recipe, hardware: Hardware, gpus: int) -> str:
     """The smallest change that makes `recipe` fit, in words."""
     change = smallest_change(recipe, hardware, gpus)
     if change is not None:
-        return f"set {as_settings(change.changes)}"
+        return f"set {as_settings(what_differs(recipe.config, change.changes))}"
     more = enough_gpus(recipe, hardware, gpus)
     if more is None:
         return "no number of these GPUs would do"

@@ -1,8 +1,9 @@
 """Which layouts fit, and which is fastest? All of them are planned: a plan takes a millisecond.
 
 A recipe that does not fit is shown the smallest change that makes it fit: of all changes of few
-settings, those of fewest settings, and of these the one whose step is shortest. If no change of
-settings does, the smallest number of GPUs on which a layout fits is named.
+settings, those of fewest settings, and of these the one whose step is shortest; data-parallel
+ranks follow from the other sizes. If none of them does, a layout of as many GPUs that fits is
+named, and else the smallest number of GPUs on which one does.
 """
 
 from __future__ import annotations
@@ -81,9 +82,7 @@ def proposals(recipe: Recipe, hardware: Hardware, gpus: int) -> list[Proposal]:
         plan = _tried(recipe, hardware, gpus, changes)
         if plan is not None and plan.fits:
             key = (plan.full.layout, plan.recipe.config.megatron.get("recompute_granularity"))
-            given = recipe.config.parallel.dp is not None
-            dp = {"parallel.dp": plan.full.layout.dp} if given else {}
-            found.setdefault(key, Proposal({**changes, **dp}, plan))
+            found.setdefault(key, Proposal({**changes, **_dp_of(recipe, plan)}, plan))
     return sorted(found.values(), key=lambda found: _speed(found.plan))
 
 
@@ -118,14 +117,27 @@ def smallest_change(recipe: Recipe, hardware: Hardware, gpus: int) -> Proposal |
     """What makes the recipe fit on `gpus`, if anything does; see the top."""
     for number in (1, 2, 3):
         fitting = [
-            Proposal(changes, plan)
+            Proposal({**changes, **_dp_of(recipe, plan)}, plan)
             for group in combinations(list(_single_changes(recipe, hardware)), number)
             if (changes := _together(group)) is not None
-            if (plan := _tried(recipe, hardware, gpus, changes)) is not None and plan.fits
+            if (plan := _tried(recipe, hardware, gpus, _with_open_dp(changes))) is not None
+            if plan.fits
         ]
         if fitting:
             return min(fitting, key=lambda found: _speed(found.plan))
-    return None
+    return next(iter(proposals(recipe, hardware, gpus)), None)
+
+
+def _with_open_dp(changes: Changes) -> Changes:
+    """`changes`, after which as many ranks are there as before."""
+    sizes = {f"parallel.{name}" for name in OF_PARALLEL}
+    return {**changes, "parallel.dp": None} if sizes & changes.keys() else changes
+
+
+def _dp_of(recipe: Recipe, plan: Plan) -> Changes:
+    """What data parallelism becomes by `plan`, where the recipe says what it is."""
+    given = recipe.config.parallel.dp is not None
+    return {"parallel.dp": plan.full.layout.dp} if given else {}
 
 
 def _speed(plan: Plan) -> tuple[float, float]:

@@ -95,6 +95,25 @@ def test_a_recipe_that_cannot_fit_is_refused_with_a_change_that_makes_it_fit(
     assert main(["plan", recipe, too_much, change, "--propose", "0"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("sizes", "change"),
+    [
+        ("{tp: 2, pp: 2, dp: 8}", "parallel.pp=8 parallel.dp=2"),  # of three settings: dp follows
+        (
+            "{tp: 1, pp: 1, dp: 32, sp: false}",
+            "parallel.tp=4 parallel.sp=true parallel.pp=4 parallel.dp=2",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_told_one_of_as_many_gpus(
+    sizes: str, change: str, capsys: pytest.CaptureFixture[str]
+):
+    command = ["plan", str(ROOT / "conf" / "bupo_llama3_3_70b.yaml"), "--propose", "0"]
+    assert main([*command, f"parallel={sizes}"]) == 2
+    assert capsys.readouterr().err.strip().rpartition("; set ")[2] == change
+    assert main([*command, f"parallel={sizes}", *change.split()]) == 0
+
+
 def test_a_model_too_large_for_any_setting_is_told_how_many_gpus_would_do(
     capsys: pytest.CaptureFixture[str],
 ):
