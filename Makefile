@@ -10,6 +10,8 @@ SGLANG_VENV ?= .venv-sglang
 # So has NeMo-Run, which only starts runs and needs nothing of the trainer's.
 LAUNCH_VENV ?= .venv-launch
 
+BRIDGE_VENV ?= .venv-bridge
+
 # Tests run side by side in this many processes, files whole and in order: those of the actor, which
 # fork ranks, before those that leave connections to servers behind.
 WORKERS ?= 2
@@ -23,7 +25,7 @@ PIP = $(BIN)/pip install -qq $(addprefix --constraint ,$(PINS))
 # One thread per process: the processes of a run and of a test share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-wide test-fast test-sglang test-slurm check install install-dev install-sglang install-launch clean
+.PHONY: help demo test test-wide test-fast test-sglang test-slurm test-bridge test-verl check install install-dev install-sglang install-launch clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +35,7 @@ help:
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make test-sglang  the tests against real SGLang servers, on a CPU (1.9 GB to install)"
 	@echo "make test-slurm   the tests of launching, on a real two-node Slurm here where that can be (root)"
+	@echo "make test-bridge  those against Megatron-Bridge; make test-verl PYTHON=python3.12 VENV=.venv312: verl"
 	@echo "make check      format, lint, types and house rules, as CI runs them"
 	@echo "make clean      remove virtual environments and caches (never runs/)"
 	@echo ""
@@ -60,6 +63,17 @@ test-slurm: install-dev install-launch
 		echo "Debian's Slurm cannot be installed here: its tests are skipped"
 	@MEGATRON_BUPO_LAUNCH_PYTHON=$(abspath $(LAUNCH_VENV)/bin/python) \
 		$(BIN)/python -m pytest tests/launch tests/slurm
+
+# Pipelines of others, for real: Megatron-Bridge in an environment of its own, and verl, whose engine
+# wants a newer megatron-core: make test-verl PYTHON=python3.12 VENV=.venv312
+test-bridge:
+	@$(MAKE) --no-print-directory install-dev VENV=$(BRIDGE_VENV)
+	@$(BRIDGE_VENV)/bin/pip install -qq --no-deps --requirement constraints/bridge.txt
+	@$(BRIDGE_VENV)/bin/python -m pytest tests/mcore/test_bridge.py tests/pipelines/test_megatron_bridge.py
+
+test-verl: install-dev
+	@$(BIN)/pip install -qq --no-deps --requirement constraints/verl.txt
+	@$(BIN)/python -m pytest tests/pipelines/test_verl_contract.py
 
 check: install-dev
 	@$(BIN)/ruff format --check .
@@ -105,5 +119,5 @@ $(LAUNCH_VENV)/.installed: constraints/launch.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .venv312 .venv-sglang .venv-launch build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv312 .venv-sglang .venv-launch .venv-bridge build *.egg-info .pytest_cache .ruff_cache
 	find megatron_bupo tools tests examples -name __pycache__ -prune -exec rm -rf {} +

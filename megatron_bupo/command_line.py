@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_bupo.errors import InputError
@@ -21,6 +22,15 @@ def count(text: str, *, least: int = 1) -> int:
     if not (text.isdecimal() and int(text) >= least):
         raise argparse.ArgumentTypeError(f"{text} is not a number from {least} up")
     return int(text)
+
+
+def write_json(path: Path, text: str) -> None:
+    """What `--json` asked for."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        where = f"--json {path}"
+        raise InputError(where, f"cannot be written ({error.strerror})", "name a file") from None
 
 
 def add_overrides(parser: Parser) -> None:

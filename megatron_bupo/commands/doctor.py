@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_bupo.command_line import write_json
 from megatron_bupo.config import Config, expand, load_config
 from megatron_bupo.doctor.disk import disk
 from megatron_bupo.doctor.findings import OK, PROBLEM, WARNING, Finding, looked_at, of_error
@@ -40,7 +41,7 @@ def run(args: Namespace) -> None:
     else:
         show(found, Console(width=None if sys.stdout.isatty() else WIDTH))
         if args.json:
-            _write(Path(expand(args.json)), text)
+            write_json(Path(expand(args.json)), text)
     problems = [finding for finding in found if finding.level == PROBLEM]
     if problems:
         first = problems[0]
@@ -97,11 +98,3 @@ def count(found: Sequence[Finding]) -> str:
     """How many of each."""
     numbers = {level: sum(f.level == level for f in found) for level in STYLES}
     return ", ".join(f"{number} {level}" for level, number in numbers.items())
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        where = f"--json {path}"
-        raise InputError(where, f"cannot be written ({error.strerror})", "name a file") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_bupo.command_line import write_json
 from megatron_bupo.config import Config, expand, load_config
 from megatron_bupo.config.checks import check, check_against_model
 from megatron_bupo.config.schema import AUTO
@@ -49,7 +50,7 @@ def run(args: Namespace) -> None:
     else:
         show(answer, Console(width=None if sys.stdout.isatty() else WIDTH))
         if args.json:
-            _write(Path(expand(args.json)), as_json(answer))
+            write_json(Path(expand(args.json)), as_json(answer))
     if not plan.fits:
         way_out = way_to_fit(recipe, hardware, plan.gpus)
         raise InputError(args.recipe, f"does not fit: {plan.problems[0]}", way_out)
@@ -110,11 +111,3 @@ def _with_a_layer(config: Config, arch: Architecture) -> tuple[Config, tuple[str
     layer = max(1, arch.layers // AUTO_SHARE)
     note = f"bupo.target_layer=auto: planned with layer {layer}, a sixth of the layers"
     return replace(config, bupo=replace(config.bupo, target_layer=layer)), (note,)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        where = f"--json {path}"
-        raise InputError(where, f"cannot be written ({error.strerror})", "name a file") from None
