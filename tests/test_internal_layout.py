@@ -16,6 +16,8 @@ from megatron_bupo.preflight import preflight
 from tests.rollout.fake import fake_server
 from tests.runs import Bed, metrics, run
 
+pytestmark = pytest.mark.slow
+
 OWN = ("bupo.internal_layout.dp=2", "checkpoint.every=1", "checkpoint.keep=9")
 GAPS = "rollout/logprob_gap"  # between trainer and engine, under the full policy
 
@@ -32,7 +34,6 @@ def weights(model_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(model_dir / "model.safetensors")
 
 
-@pytest.mark.slow
 def test_its_record_and_its_model_are_those_of_the_run_in_place(own: Path, finished: Path):
     for step, (ours, theirs) in enumerate(zip(metrics(own), metrics(finished), strict=True)):
         assert ours.pop("policy") == theirs.pop("policy")
@@ -47,7 +48,6 @@ def test_its_record_and_its_model_are_those_of_the_run_in_place(own: Path, finis
         torch.testing.assert_close(after[name], tensor, atol=1e-5, rtol=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 3, 5])
 def test_it_resumes_to_the_bit_before_at_and_after_the_switch(
     step: int, bed: Bed, own: Path, tmp_path: Path
@@ -62,7 +62,6 @@ def test_it_resumes_to_the_bit_before_at_and_after_the_switch(
     assert all(torch.equal(again[name], tensor) for name, tensor in undisturbed.items())
 
 
-@pytest.mark.slow
 def test_a_run_that_ends_in_the_internal_phase_leaves_the_whole_model(
     bed: Bed, own: Path, tmp_path: Path
 ):
@@ -74,7 +73,6 @@ def test_a_run_that_ends_in_the_internal_phase_leaves_the_whole_model(
     assert initial.keys() == left.keys()
 
 
-@pytest.mark.slow
 def test_servers_of_other_weights_get_those_of_the_layers_that_the_actor_does_not_hold(
     bed: Bed, tmp_path: Path
 ):

@@ -15,6 +15,8 @@ from tests.runs import Bed, metrics
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 AHEAD = (
     "rollout.engine=sglang",
     "rollout.max_staleness=1",
@@ -44,7 +46,6 @@ def rollouts(run_dir: Path, step: int) -> list[RecordedRollout]:
     return read_rollouts(run_dir / "rollouts" / f"step-{step:06d}.jsonl")
 
 
-@pytest.mark.slow
 def test_full_steps_are_begun_one_step_early_and_internal_and_resumed_ones_are_on_policy(
     overlapped: Path,
 ):
@@ -62,7 +63,6 @@ def test_full_steps_are_begun_one_step_early_and_internal_and_resumed_ones_are_o
     assert max(oldest) == 1
 
 
-@pytest.mark.slow
 def test_only_full_steps_weigh_their_tokens_and_only_stale_ones_not_alike(overlapped: Path):
     lines = metrics(overlapped)
     for line in lines:

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.runs import Bed, metrics, run
 
+pytestmark = pytest.mark.slow
+
 PPO = (
     "algorithm.advantage=gae",
     "algorithm.gamma=0.98",
@@ -120,7 +122,6 @@ def test_a_run_that_goes_on_is_the_run_that_nothing_disturbed(
     assert_same_weights(tmp_path / "run" / "hf", ppo / "hf")
 
 
-@pytest.mark.slow
 def test_a_critic_goes_on_under_another_layout(bed: Bed, ppo: Path, tmp_path: Path):
     as_stopped_before(4, ppo, tmp_path / "run")
     other = ["parallel.pp=1", "parallel.tp=2", "parallel.sp=true"]
@@ -131,7 +132,6 @@ def test_a_critic_goes_on_under_another_layout(bed: Bed, ppo: Path, tmp_path: Pa
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
 
 
-@pytest.mark.slow
 def test_a_critic_of_another_size_and_all_that_a_policy_may_meet(
     bed: Bed, tmp_path: Path, tiny_model_dir: Callable[..., Path]
 ):
@@ -168,7 +168,6 @@ def refused(bed: Bed, run_dir: Path, *settings: str) -> str:
     return done.err
 
 
-@pytest.mark.slow
 def test_a_critic_that_cannot_be_is_refused_by_name(
     bed: Bed, ppo: Path, finished: Path, tmp_path: Path, tiny_model_dir: Callable[..., Path]
 ):

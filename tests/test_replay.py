@@ -16,6 +16,8 @@ from megatron_bupo.errors import InputError
 from megatron_bupo.preflight import preflight
 from tests.runs import Bed, metrics, run
 
+pytestmark = pytest.mark.slow
+
 QUIET = ["evaluation.every=0", "checkpoint.every=10"]
 
 
@@ -37,7 +39,6 @@ def apart_from_sync(record: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in record.items() if not k.startswith("sync/")}
 
 
-@pytest.mark.slow
 def test_a_replayed_run_is_the_run_to_the_bit_with_neither_engine_grader_nor_data(
     bed: Bed, dumped: Path, tmp_path: Path
 ):

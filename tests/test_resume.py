@@ -272,6 +272,7 @@ def test_a_run_that_is_preempted_saves_what_it_learned_and_goes_on_to_the_same_n
     assert_same_run(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_that_is_preempted_stops_all(bed: Bed, finished: Path, tmp_path: Path, rank: int):
     settings = bed.settings(tmp_path, "checkpoint.every=1000")

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from megatron_bupo.cli import main
 from tests.tiny_models import LLAMA3_ROPE
 
+pytestmark = pytest.mark.slow
+
 # 67 ids are padded by every even number of ranks.
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2"},

@@ -15,6 +15,8 @@ from PIL import Image
 from megatron_bupo.analysis.present import LENS, present
 from tests.runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = ROOT / "examples" / "smollm2"
 
 
@@ -30,7 +32,6 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.slow
 def test_the_page_is_what_the_numbers_are_drawn_as(drawn: Path):
     assert (drawn / "report.html").read_bytes() == (EXAMPLE / "report.html").read_bytes()
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from megatron_bupo.config.schema import Config
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 MODEL = {"family": "qwen3", "vocab": 67, "scale": 0.12}
 STEPS = 5

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from megatron_bupo.config.schema import Config
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 TP2_PP2 = {"tp": 2, "pp": 2}
 VPP2 = {"pp": 2, "vpp": 2}

@@ -22,6 +22,8 @@ from megatron_bupo.record.stall import RankState
 from tests.ranks import run_ranks
 from tests.runs import Bed, run
 
+pytestmark = pytest.mark.slow
+
 STALL_S = 1.0  # half of it without a sign of life is silence, and machines are busy
 ON_AGAIN = "ranks get on again"
 
@@ -183,12 +185,10 @@ def test_no_thread_and_no_signal_handler_stay(tmp_path: Path, capfd: pytest.Capt
     assert left_in(tmp_path) == [] == [*tmp_path.iterdir()]
 
 
-@pytest.mark.slow
 def test_a_run_leaves_nothing_of_it(finished: Path):
     assert not {"ranks", "stall.txt"} & {path.name for path in finished.iterdir()}
 
 
-@pytest.mark.slow
 def test_a_run_that_hangs_in_its_grader_says_so_and_goes_on(bed: Bed, tmp_path: Path):
     (tmp_path / "thoughtful.py").write_text(THOUGHTFUL)
     reward = [f"reward.function={tmp_path / 'thoughtful.py'}:reward", "reward.timeout_s=9"]

@@ -12,6 +12,8 @@ from megatron_bupo.config.schema import RewardConfig, RewardTermConfig
 from megatron_bupo.rewards.grader import Grader
 from megatron_bupo.types import Grade, Prompt, Rollout, RolloutGroup
 
+pytestmark = pytest.mark.slow
+
 LIMIT_S = 0.5
 ANSWERS = ("17", r"\frac{1}{2}", "Yes", "(1,2)")
 
@@ -73,7 +75,6 @@ def grades() -> list[tuple[str, str, Grade]]:
     return [(g.rollouts[0].text, g.prompt.answer, grade) for g, its in pairs for grade in its]
 
 
-@pytest.mark.slow
 def test_every_hostile_response_gets_a_number_in_range_or_a_warning(grades) -> None:
     ranges = {"format": (0, 1), "repetition": (-1, 0), "overlong": (-1, 0), "length": (-1, 0)}
     for _, _, grade in grades:
@@ -86,7 +87,6 @@ def test_every_hostile_response_gets_a_number_in_range_or_a_warning(grades) -> N
             assert "\n" not in grade.warning
 
 
-@pytest.mark.slow
 def test_no_hostile_response_is_right(grades) -> None:
     right = {
         (response, answer, name)

@@ -20,6 +20,8 @@ from megatron_bupo.types import RolloutGroup
 from tests.rollout.contract import LONG, PROMPTS, SAMPLING, Bench, bench_of, make_model, on
 from tests.rollout.fake import FAKE, Fake, fake_server
 
+pytestmark = pytest.mark.slow
+
 COUNTED = ("fail_generates", "hang_generates", "refuse_updates", "stale_answers")
 BenchOf = Callable[..., AbstractContextManager[Bench]]
 Start = Callable[..., Fake]
@@ -131,7 +133,6 @@ def test_a_server_killed_in_the_middle_of_a_batch_loses_nothing(start: Start, be
         assert servers_of(again) == {fakes[1].url}
 
 
-@pytest.mark.slow
 def test_a_managed_server_that_dies_is_started_again_and_has_the_weights_before_it_is_asked(
     model: Path, tmp_path: Path
 ):
@@ -158,7 +159,6 @@ def test_a_managed_server_that_dies_is_started_again_and_has_the_weights_before_
         b.check(groups, SAMPLING, oldest=2)
 
 
-@pytest.mark.slow
 def test_an_update_that_never_reached_the_weights_is_found_by_their_checksums(
     model: Path, tmp_path: Path
 ):
@@ -173,7 +173,6 @@ def test_an_update_that_never_reached_the_weights_is_found_by_their_checksums(
         b.check(b.engine.generate(PROMPTS, SAMPLING), SAMPLING, oldest=2)
 
 
-@pytest.mark.slow
 def test_no_server_left_is_an_error_that_says_why(start: Start, bench: BenchOf):
     fake = start(seconds_per_token=0.01)
     with bench([fake], "servers.attempts=2") as b:
@@ -260,7 +259,6 @@ def test_an_api_key_opens_the_server_and_a_wrong_one_is_named(start: Start, benc
         pass
 
 
-@pytest.mark.slow
 def test_a_release_without_sessions_and_spans_is_driven_too(start: Start, bench: BenchOf):
     fake = start(version="0.5.10", seconds_per_token=0.01)
     with bench([fake], "sync.mode=http") as b:
@@ -280,7 +278,6 @@ def test_a_release_that_is_not_spoken_is_refused_by_name(start: Start, bench: Be
         pass
 
 
-@pytest.mark.slow
 def test_equal_seeds_draw_equal_responses_on_any_number_of_deterministic_servers(
     start: Start, bench: BenchOf
 ):

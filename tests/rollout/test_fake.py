@@ -18,6 +18,8 @@ import torch
 from tests.dense import dense_model
 from tests.rollout.fake import Fake, fake_server
 
+pytestmark = pytest.mark.slow
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"family": "qwen3"},
     "qwen2": {"family": "qwen2"},
@@ -116,7 +118,6 @@ def test_a_response_that_fills_the_context_is_cut_two_tokens_before(server: Fake
     assert reply["meta_info"]["finish_reason"] == {"type": "length", "length": 14}
 
 
-@pytest.mark.slow
 def test_what_kills_sglang_kills_the_fake(tiny_model_dir: Callable[..., Path], tmp_path: Path):
     def outside_the_vocabulary(server: Fake) -> None:
         generate(server, [64])
