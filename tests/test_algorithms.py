@@ -19,6 +19,8 @@ from tests.runs import Bed, metrics, run
 if TYPE_CHECKING:
     from megatron_bupo.record.rollout_files import RecordedRollout
 
+pytestmark = pytest.mark.slow
+
 SHORT = (
     "steps=4",
     "bupo.internal_steps=2",
@@ -133,7 +135,6 @@ def test_groups_without_a_signal_are_replaced_by_those_of_further_prompts(replac
     assert any(shifts)
 
 
-@pytest.mark.slow
 def test_a_run_resumed_on_other_ranks_replaces_the_same_groups(
     bed: Bed, replaced: Path, tmp_path: Path
 ):
@@ -160,7 +161,6 @@ def test_rollouts_without_training_are_replaced_alike(bed: Bed, replaced: Path, 
     assert one == other
 
 
-@pytest.mark.slow
 def test_servers_are_asked_for_replacements_while_later_steps_are_under_way(
     bed: Bed, tmp_path: Path
 ):

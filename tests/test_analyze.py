@@ -120,6 +120,7 @@ def test_a_killed_analysis_goes_on_to_the_same_bits(tmp_path: Path, model: Path,
     assert (out / "analysis.json").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_what_is_sampled_is_read(tmp_path: Path, model: Path):
     data, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     data.write_text("".join(f'{{"prompt": "{n}+{n}=", "answer": ""}}\n' for n in range(6)))

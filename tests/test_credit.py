@@ -76,6 +76,7 @@ def factors(lines: list[dict[str, Any]]) -> list[list[float]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "phases", "on"),
     [

@@ -115,6 +115,7 @@ def test_the_internal_phase_leaves_what_is_above_its_layer_alone(bed: Bed, tmp_p
     assert changed == after.keys() - above
 
 
+@pytest.mark.slow
 def test_no_internal_steps_is_grpo_to_the_bit(bed: Bed, tmp_path: Path):
     grpo = [*ONE_PROCESS, *SHORT, "steps=3", "bupo.internal_steps=0"]
     bed.train(tmp_path / "plain", *grpo, "bupo.target_layer=null")

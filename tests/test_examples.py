@@ -20,6 +20,8 @@ from megatron_bupo.record.metrics import read_metrics
 from megatron_bupo.rewards.functions import arguments_of, resolve
 from megatron_bupo.types import Prompt, Rollout
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -67,7 +69,6 @@ def test_the_custom_reward_wants_the_work_shown(text: str, reward: float):
     assert function(*args, **keywords) == reward
 
 
-@pytest.mark.slow
 def test_a_run_grades_with_the_custom_reward(bed: Path, tmp_path: Path):
     overrides = _on(bed, tmp_path / "run", "steps=1", "parallel.pp=1", f"reward.function={REWARD}")
     demo = str(EXAMPLES.parent / "conf" / "demo.yaml")
@@ -77,7 +78,6 @@ def test_a_run_grades_with_the_custom_reward(bed: Path, tmp_path: Path):
     assert (record["rollout/reward_mean"] * 2 * 16 * 8).is_integer()  # halves, of 128 responses
 
 
-@pytest.mark.slow
 def test_stages_train_bottom_up(bed: Path, tmp_path: Path):
     file = str(EXAMPLES / "bottom_up_stages.yaml")
     phases = load_config(file, []).bupo.phases()

@@ -20,6 +20,8 @@ from tests.ranks import run_ranks
 from tests.runs import Done, run, run_python
 from tests.test_round_trips import MODELS
 
+pytestmark = pytest.mark.slow
+
 QK = "model.layers.1.self_attn.{}_proj.weight"
 GATE, UP = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
 
@@ -265,7 +267,6 @@ def test_what_megatron_cannot_load_is_one_line(hf: Path, tmp_path: Path):
     assert "Megatron-Core cannot load it" in done.err
 
 
-@pytest.mark.slow
 def test_the_tool_is_the_command(hf: Path):
     done = run_python("tools/verify_conversion.py", hf, hf, "--no-logits")
     assert (done.code, done.err) == (0, "")

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from megatron_bupo.config.schema import Config
     from megatron_bupo.mcore.trainer import MegatronTrainer
 
+pytestmark = pytest.mark.slow
+
 MODEL = {"family": "qwen3", "vocab": 67, "scale": 0.12}
 INTERNAL = InternalLayerPolicy(3)
 FACTORS = {"1": 0.0, "2-3": 0.1, "4": 2.0, "final_norm": 0.5}

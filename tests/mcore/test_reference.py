@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from megatron_bupo.mcore.trainer import MegatronTrainer
     from megatron_bupo.types import TokenBatch
 
+pytestmark = pytest.mark.slow
+
 MODEL = {"family": "qwen3", "vocab": 67, "scale": 0.12}
 INTERNAL = InternalLayerPolicy(2)
 COEFFICIENT, LR = 0.3, 1e-2

@@ -3,7 +3,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tools.check_rewards import main
+
+pytestmark = pytest.mark.slow
 
 
 def write(path: Path, *answers: str) -> str:

@@ -147,6 +147,7 @@ def test_math_refuses_what_math_verify_takes_for_the_answer(boxed: str, answer: 
     assert math(f"\\boxed{{{boxed}}}", answer) == 0.0
 
 
+@pytest.mark.slow
 def test_different_answers_of_real_kinds_do_not_stand_for_each_other() -> None:
     golds = ["0", "1", "-1", "Yes", "No", "A", "B", "x", "2x", r"\frac{1}{2}", "0.3", r"\pi", "e"]
     golds += [

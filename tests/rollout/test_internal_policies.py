@@ -31,6 +31,8 @@ from tests.tiny_models import LLAMA3_ROPE
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 4
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2, tied": {"family": "qwen2", "tied": True},

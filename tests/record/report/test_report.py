@@ -114,6 +114,7 @@ def test_the_guards_story_is_told():
     assert facts.guard_story(probed_run("a", *BUPO, guard={})).startswith("left ? before step ?")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "runs",
     [
