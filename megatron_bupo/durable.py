@@ -53,6 +53,15 @@ def whole_lines(path: Path) -> list[bytes]:
     return path.read_bytes().split(b"\n")[:-1]
 
 
+def lines_since(path: Path, begin: int) -> tuple[int, list[bytes]]:
+    """The whole lines of `path` from byte `begin` on, without their ends; and where they end."""
+    with path.open("rb") as file:
+        file.seek(begin)
+        whole, _, torn = file.read().rpartition(b"\n")
+        end = file.tell() - len(torn)
+    return end, whole.split(b"\n") if end > begin else []
+
+
 def drop_torn_line(path: Path) -> None:
     """Cut off what comes after the last whole line of `path`, if that is there."""
     if not path.exists():

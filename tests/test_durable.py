@@ -10,6 +10,7 @@ import pytest
 from megatron_bupo.durable import (
     add_lines,
     drop_torn_line,
+    lines_since,
     partial_path,
     replace_text,
     replacing,
@@ -90,3 +91,13 @@ def test_lines_outlive_the_process_that_added_them(tmp_path: Path):
 
     assert killed_in(write)
     assert whole_lines(tmp_path / "lines") == [b"one", b"two"]
+
+
+def test_a_file_that_grows_is_read_on_by_whole_lines(tmp_path: Path):
+    path = tmp_path / "grows.log"
+    path.write_bytes(b"one\n\ntor")
+    end, lines = lines_since(path, 0)
+    assert (end, lines) == (5, [b"one", b""])
+    assert lines_since(path, end) == (5, [])
+    path.write_bytes(b"one\n\ntorn\n")
+    assert lines_since(path, end) == (10, [b"torn"])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_bupo.config import expand, load_config
@@ -83,8 +84,6 @@ def _seen_by_trainer(config: Config, parts: list[Role]) -> Config:
     """With addresses of servers, where they have nodes of their own."""
     if len(parts) == 1:
         return config
-    from dataclasses import replace
-
     count = parts[1].nodes * parts[1].processes
     addresses = [f"http://server-{i}:30000" for i in range(count)]
     return replace(config, servers=replace(config.servers, addresses=addresses))

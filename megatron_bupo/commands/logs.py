@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_bupo.config import expand
+from megatron_bupo.durable import lines_since
 from megatron_bupo.errors import InputError
 from megatron_bupo.launch import jobs, record
 from megatron_bupo.launch.logs import Log, logs_of
@@ -60,11 +61,9 @@ def _chosen(launched: record.Launched, run_dir: Path, rank: int | None) -> list[
 
 def _new(log: Log, read: dict[Path, int]) -> tuple[int, list[str]]:
     """How far `log` has been read now, and the whole lines since `read`."""
-    with log.path.open("rb") as file:
-        file.seek(begin := read.get(log.path, 0))
-        text = file.read()
-    whole = text[: text.rfind(b"\n") + 1]
-    return begin + len(whole), whole.decode(errors="replace").splitlines()
+    end, whole = lines_since(log.path, read.get(log.path, 0))
+    text = b"".join(line + b"\n" for line in whole)
+    return end, text.decode(errors="replace").splitlines()
 
 
 def _show(log: Log, lines: list[str], *, several: bool) -> None:

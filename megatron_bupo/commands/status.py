@@ -9,7 +9,9 @@ from pathlib import Path
 
 from megatron_bupo.checkpoints import whole_checkpoints
 from megatron_bupo.config import expand
+from megatron_bupo.durable import whole_lines
 from megatron_bupo.launch import jobs, record
+from megatron_bupo.record.metrics import FILE
 
 
 def run(args: Namespace) -> None:
@@ -36,10 +38,8 @@ def _state(launched: record.Launched, run_dir: Path) -> str:
 
 def _progress(run_dir: Path) -> Iterator[str]:
     """How far it has come, by what it has written."""
-    metrics = run_dir / "metrics.jsonl"
-    whole = metrics.read_text().rpartition("\n")[0] if metrics.exists() else ""  # one may be torn
-    if whole:
-        last = json.loads(whole.rpartition("\n")[2])
+    if steps := whole_lines(run_dir / FILE):
+        last = json.loads(steps[-1])
         yield f"steps       {last['step'] + 1} done, {last.get('time/step_s', 0):.1f} s the last"
     if checkpoints := whole_checkpoints(run_dir):
         yield f"checkpoint  {checkpoints[-1][1]}"

@@ -8,6 +8,7 @@ import socket
 import time
 from pathlib import Path
 
+from megatron_bupo.durable import replace_text
 from megatron_bupo.errors import InputError
 from megatron_bupo.launch.folder import address_dir
 
@@ -18,9 +19,7 @@ def publish(run_dir: Path, name: str, address: str) -> None:
     """The server `name` is ready at `address`."""
     folder = address_dir(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    work = folder / f".{name}.new"
-    work.write_text(f"{address}\n")
-    work.replace(folder / name)  # never read half
+    replace_text(folder / name, f"{address}\n")
 
 
 def wait_for(run_dir: Path, count: int, *, timeout_s: float) -> list[str]:

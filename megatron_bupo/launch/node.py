@@ -76,6 +76,12 @@ def node_rank() -> int:
     return next((int(os.environ[name]) for name in NODE_RANK if os.environ.get(name)), 0)
 
 
+def first_node() -> str | None:
+    """The address of the first of the nodes; None: nobody says."""
+    found = next((os.environ[name] for name in FIRST_NODE if os.environ.get(name)), None)
+    return found and found.split()[0]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron_bupo.launch.node")
     parser.add_argument("--nodes", type=int, required=True)
@@ -97,9 +103,8 @@ def _torchrun(args: argparse.Namespace, run_dir: Path, settings: Sequence[str]) 
     logs = log_dir(run_dir, rank)
     logs.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(args.grace)  # torch < 2.9: 30 s, always
-    first = next((os.environ[name] for name in FIRST_NODE if os.environ.get(name)), "127.0.0.1")
     words = ["--nnodes", str(args.nodes), "--nproc-per-node", str(args.processes)]
-    words += ["--node-rank", str(rank), "--master-addr", first.split()[0]]
+    words += ["--node-rank", str(rank), "--master-addr", first_node() or "127.0.0.1"]
     words += ["--master-port", str(args.port), "--max-restarts", "0"]
     words += ["--log-dir", str(logs), "--tee", "3"]
     began = time.monotonic()

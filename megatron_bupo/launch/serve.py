@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from megatron_bupo.config import Config, expand, load_config
 from megatron_bupo.errors import InputError
 from megatron_bupo.launch.addresses import own_address, publish
-from megatron_bupo.launch.node import BAD_INPUT, FIRST_NODE, hold_back, node_rank
+from megatron_bupo.launch.node import BAD_INPUT, first_node, hold_back, node_rank
 from megatron_bupo.rollout.processes import ServerProcess
 
 LOOK_S = 1.0
@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serve(config: Config, count: int) -> int:
     """Keep `count` servers going; returns when one has used up `servers.restarts`."""
     run_dir, node = Path(expand(config.run_dir)).absolute(), node_rank()
-    first = next((os.environ[name] for name in FIRST_NODE if os.environ.get(name)), None)
-    host = own_address(first and first.split()[0])
+    host = own_address(first_node())
     # No trainer shares this node's GPUs, and its servers draw other responses than those of others
     sglang = {"base_gpu_id": 0, **config.sglang}
     config = replace(config, sglang=sglang, seed=config.seed + (node << 32))

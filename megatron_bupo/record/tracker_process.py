@@ -14,11 +14,11 @@ from __future__ import annotations
 import json
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from megatron_bupo.durable import replace_text
+from megatron_bupo.durable import lines_since, replace_text
 from megatron_bupo.record.metrics import FILE, numbers
 
 FOLDER = "trackers"
@@ -117,9 +117,10 @@ def main(name: str, run_dir: Path, told: IO[bytes]) -> None:
     tracker: Tracker = RUNS[name](asked, state, run_dir)
     state = state._replace(url=tracker.url)
     _keep(path, state)
-    fresh, word = _lines(run_dir / FILE), b""
+    end, word = 0, b""
     while True:
-        for record in map(json.loads, next(fresh)):
+        end, fresh = lines_since(run_dir / FILE, end)
+        for record in map(json.loads, fresh):
             if record["step"] >= state.next_step:
                 tracker.log(record["step"], numbers(record))
                 state = state._replace(next_step=record["step"] + 1)
@@ -141,17 +142,6 @@ def _state(path: Path, asked: Asked) -> State:
 
 def _keep(path: Path, state: State) -> None:
     replace_text(path, json.dumps(state._asdict()))
-
-
-def _lines(path: Path) -> Iterator[list[bytes]]:
-    """Again and again, the whole lines that `path` has got since."""
-    end = 0
-    while True:
-        with path.open("rb") as file:
-            file.seek(end)
-            whole = [line for line in file if line.endswith(b"\n")]
-        end += sum(map(len, whole))
-        yield whole
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ import yaml
 from megatron_bupo.durable import whole_lines
 from megatron_bupo.errors import InputError
 from megatron_bupo.record.metrics import FILE, internal_layer
+from megatron_bupo.record.summary import GUARD
 
-CONFIG, GUARD = "config.yaml", "guard.json"
+CONFIG = "config.yaml"
 
 LARGEST = 1e60  # number that an axis can have beside others
 
