@@ -48,9 +48,13 @@ def add_lines(path: Path, lines: Iterable[str]) -> None:
 
 def whole_lines(path: Path) -> list[bytes]:
     """The lines of `path` that were written to their end, without it; no file: none."""
-    if not path.exists():
+    try:
+        return path.read_bytes().split(b"\n")[:-1]
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # asked by reading: another process may rename it
         return []
-    return path.read_bytes().split(b"\n")[:-1]
 
 
 def lines_since(path: Path, begin: int) -> tuple[int, list[bytes]]:

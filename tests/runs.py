@@ -26,6 +26,8 @@ from typing import Any
 
 import psutil
 
+from tests.moments import LIMIT_S
+
 ROOT = Path(__file__).parents[1]
 HEAVY = (
     "megatron_bupo.train",
@@ -61,7 +63,7 @@ class Running:
     mark: str
     _read: dict[int, bytes] = field(default_factory=dict)
 
-    def wait(self, timeout_s: float = 60) -> Done:
+    def wait(self, timeout_s: float = LIMIT_S) -> Done:
         """Its end, which is also the end of all its processes; kills what is left at the limit."""
         deadline = time.monotonic() + timeout_s
         with selectors.DefaultSelector() as selector:
@@ -97,6 +99,10 @@ class Running:
         """The processes that it forked, in order."""
         return sorted(psutil.Process(self.pid).children(), key=lambda p: p.pid)
 
+    def is_alive(self) -> bool:
+        """Has it not yet ended?"""
+        return _is_alive(psutil.Process(self.pid))
+
     def kill(self) -> Done:
         """SIGKILL, as the kernel does when memory is out; then its end."""
         os.kill(self.pid, signal.SIGKILL)
@@ -119,17 +125,26 @@ class Running:
         return b"\n".join(self._read.values()).decode(errors="replace")
 
 
-def start(*argv: object, env: Mapping[str, str] | None = None) -> Running:
-    """`megatron-bupo ARGV`, going."""
-    return fork(lambda: _main([str(word) for word in argv]), env=env)
+def start(
+    *argv: object,
+    env: Mapping[str, str] | None = None,
+    first: Callable[[], object] = lambda: None,
+) -> Running:
+    """`megatron-bupo ARGV`, going; `first` (see tests/moments.py) is called in its process."""
+
+    def command() -> int:
+        first()
+        return _main([str(word) for word in argv])
+
+    return fork(command, env=env)
 
 
-def run(*argv: object, env: Mapping[str, str] | None = None, timeout_s: float = 60) -> Done:
+def run(*argv: object, env: Mapping[str, str] | None = None, timeout_s: float = LIMIT_S) -> Done:
     """`megatron-bupo ARGV`, to its end."""
     return start(*argv, env=env).wait(timeout_s)
 
 
-def run_as_ranks(world: int, *argv: object, timeout_s: float = 60) -> list[Done]:
+def run_as_ranks(world: int, *argv: object, timeout_s: float = LIMIT_S) -> list[Done]:
     """`megatron-bupo ARGV` as each of `world` processes that torchrun has started finds itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -157,7 +172,7 @@ def start_python(*argv: object) -> Running:
     return fork(become)
 
 
-def run_python(*argv: object, timeout_s: float = 120) -> Done:
+def run_python(*argv: object, timeout_s: float = LIMIT_S) -> Done:
     """`python ARGV`, to its end."""
     return start_python(*argv).wait(timeout_s)
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_bupo.launch.lock import hold
+from tests.moments import at_line, at_rename, kill_launcher
 from tests.runs import Done, run, start
 
 TO_MEGATRON = ("parallel.tp=2", "parallel.pp=2")
 SHARDS = ("--shard-bytes", 20_000)
+IN_PLACE = at_rename("/out", kill_launcher)  # all is done but for its name
 
 
 def to_megatron(model_dir: Path, out: Path, *more: object) -> Done:
@@ -98,44 +98,24 @@ def test_a_killed_conversion_leaves_nothing_whole_and_the_same_command_goes_on(
     undisturbed = run(*command)
     assert undisturbed.code == 0, undisturbed.err
     expected = files(out)
-    resumed, chance = 0, random.Random(0)
-    for _ in range(40):  # some kills come too late
-        if resumed == 3:
-            break
-        shutil.rmtree(out, ignore_errors=True)
-        running = start(*command)
-        journal = tmp_path / ".out.partial" / ".units.jsonl"
-        units = chance.randrange(1, 9)
-        deadline = time.monotonic() + 30
-        while not (journal.exists() and journal.read_bytes().count(b"\n") >= units):
-            assert time.monotonic() < deadline
-            if out.exists():
-                break
-        os.kill(running.pid, signal.SIGKILL)
-        running.wait()
-        assert out.exists() != (tmp_path / ".out.partial").exists()
-        if not out.exists():
-            done = run(*command)
-            assert done.code == 0, done.err
-            resumed += "going on after" in done.out
+    for when in (*(at_line(n, ".units.jsonl", kill_launcher) for n in (3, 5, 8)), IN_PLACE):
+        shutil.rmtree(out)
+        assert start(*command, first=when).wait().code == -signal.SIGKILL
+        assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+        done = run(*command)
+        assert done.code == 0, done.err
+        assert ("going on after" in done.out) == (when is not IN_PLACE)
         assert files(out) == expected
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert resumed == 3
 
 
 def test_what_another_job_has_left_is_begun_anew(
     tiny_model_dir: Callable[..., Path], tmp_path: Path
 ):
     model_dir, out = tiny_model_dir(layers=6), tmp_path / "out"
-    for _ in range(40):  # a kill may come too late
-        shutil.rmtree(out, ignore_errors=True)
-        running = start("convert", "hf-to-megatron", "--hf", model_dir, "--out", out, *TO_MEGATRON)
-        while not (out.exists() or list(tmp_path.glob(".out.partial/*.distcp"))):
-            time.sleep(0.0005)
-        os.kill(running.pid, signal.SIGKILL)
-        running.wait()
-        if not out.exists():
-            break
+    command = ("convert", "hf-to-megatron", "--hf", model_dir, "--out", out, *TO_MEGATRON)
+    killed = start(*command, first=at_line(4, ".units.jsonl", kill_launcher)).wait()
+    assert killed.code == -signal.SIGKILL
     done = to_megatron(model_dir, out, "parallel.pp=3")
     assert done.code == 0, done.err
     assert "going on" not in done.out
