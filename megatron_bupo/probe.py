@@ -14,7 +14,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from megatron_bupo import collective
+from megatron_bupo import collective, stopping
 from megatron_bupo.algorithm.bupo import FULL
 from megatron_bupo.algorithm.repetition import repeated_fraction
 from megatron_bupo.commands.score import GivenResponse
@@ -91,7 +91,10 @@ class Probe:
             top_p=rollout.top_p,
             seed=noise_seed(self.config.seed, NOISE),
         )
-        return self.engine.generate(prompts, sampling)
+        with stopping.allowed():
+            answers = self.engine.generate(prompts, sampling)
+            stopping.vote()
+        return answers
 
     def _keep(self, answers: Sequence[RolloutGroup], step: int) -> ProbeTexts:
         """The `answers` as texts from now on."""

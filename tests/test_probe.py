@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from megatron_bupo.algorithm.repetition import repeated_fraction
 from megatron_bupo.types import TokenBatch
 from tests.dense import dense_model
 from tests.dense_readings import dense_probe
-from tests.runs import Bed, metrics, run
+from tests.moments import until
+from tests.rollout.fake import fake_server
+from tests.runs import Bed, metrics, run, start
 
 SHORT = ("parallel.pp=1", "evaluation.every=0")
 TIGHT = (  # a policy is least perplexed by its own texts: any step at all crosses this
@@ -220,3 +224,19 @@ def test_an_actor_of_few_layers_hands_over_where_the_guard_says_and_again_when_r
         if name > f"step_{trip:06d}":
             shutil.rmtree(tmp_path / "checkpoints" / name)
     assert bed.train(tmp_path, *own) == lines
+
+
+@pytest.mark.slow
+def test_a_run_is_preempted_while_it_waits_for_a_probes_answers(bed: Bed, tmp_path: Path):
+    with fake_server(bed.folder / "model", tmp_path / "server", hang_generates=99) as fake:
+        servers = ["rollout.engine=sglang", f"servers.addresses=[{fake.url}]"]
+        running = start("train", *bed.settings(tmp_path / "run", *SHORT, *servers, "probe.every=1"))
+        state = tmp_path / "run" / "ranks" / "rank-00000.json"
+        until(
+            lambda: state.exists() and '"phase": "probe"' in state.read_text(),
+            while_=running.is_alive,
+        )
+        os.kill(running.pid, signal.SIGUSR2)
+        done = running.wait()
+    reason = "stopped before the first checkpoint; the same command starts anew\n"
+    assert (done.code, done.err) == (75, reason)
