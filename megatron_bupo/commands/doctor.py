@@ -32,20 +32,25 @@ STYLES = {OK: "green", WARNING: "yellow", PROBLEM: "bold red"}
 
 def run(args: Namespace) -> None:
     """Look, and tell; RunStopped (exit code 1) if there is a problem."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what fails of it is a finding
     found = list(examine(args))
-    if not is_first_rank():
-        return
-    text = json.dumps([asdict(finding) for finding in found], indent=2) + "\n"
-    if args.json == "-":
-        sys.stdout.write(text)
-    else:
-        show(found, Console(width=None if sys.stdout.isatty() else WIDTH))
-        if args.json:
-            write_json(Path(expand(args.json)), text)
+    if is_first_rank():
+        _tell(found, args.json)
     problems = [finding for finding in found if finding.level == PROBLEM]
     if problems:
         first = problems[0]
         raise RunStopped(f"{count(found)}; the first problem: {first.what}; {first.way_out}")
+
+
+def _tell(found: Sequence[Finding], file: str | None) -> None:
+    """To the terminal, and as JSON to a `file`, or in its place to stdout (`-`)."""
+    text = json.dumps([asdict(finding) for finding in found], indent=2) + "\n"
+    if file == "-":
+        sys.stdout.write(text)
+        return
+    show(found, Console(width=None if sys.stdout.isatty() else WIDTH))
+    if file:
+        write_json(Path(expand(file)), text)
 
 
 def examine(args: Namespace) -> Iterator[Finding]:

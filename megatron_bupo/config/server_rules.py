@@ -18,10 +18,17 @@ from megatron_bupo.config.load import expand
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
 
-_ADDRESS = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+):\d{1,5}")
-_PROBE = (
-    "import sys, importlib.util as u; print(*[n for n in sys.argv[1:] if u.find_spec(n) is None])"
-)
+_ADDRESS = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})")
+_PROBE = """
+import importlib.metadata, importlib.util, sys
+for name in sys.argv[1:]:
+    if importlib.util.find_spec(name) is None:
+        sys.exit(f"no {name}")
+    try:
+        print(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        print("unknown")
+"""
 _PROBE_S = 60.0
 # A server is no rank of the trainer's, and makes process groups of its own.
 _RANK_VARIABLES = re.compile(
@@ -73,10 +80,9 @@ def check_servers(config: Config, world: int, *, here: bool = True) -> None:
     if not config.servers.addresses:
         _refuse_owned_options(config.sglang)
     _weights_can_travel(config, world)
-    if here and config.sync.mode == "disk":
-        _directory_can_be_made(config)
     if here:
-        _python_has_what_we_start(config)
+        check_sync_directory(config)
+        server_packages(config)
 
 
 def doubts(config: Config) -> list[str]:
@@ -117,7 +123,8 @@ def _addresses_are_addresses(config: Config) -> None:
     seen: set[str] = set()
     for i, address in enumerate(config.servers.addresses):
         where, plain = f"servers.addresses[{i}]={address}", address.rstrip("/")
-        if not _ADDRESS.fullmatch(plain):
+        parts = _ADDRESS.fullmatch(plain)
+        if parts is None or not 0 < int(parts[2]) < 2**16:
             raise InputError(
                 where, "is not the address of a server", "write it as http://10.0.0.5:30000"
             )
@@ -200,9 +207,10 @@ def _weights_can_travel(config: Config, world: int) -> None:
         )
 
 
-def _directory_can_be_made(config: Config) -> None:
+def check_sync_directory(config: Config) -> None:
+    """Weights that go through files have a place to go through."""
     directory = config.sync.directory
-    if directory is None:  # in run_dir, which is looked at elsewhere
+    if config.sync.mode != "disk" or directory is None:  # in run_dir, which is looked at elsewhere
         return
     path = Path(expand(directory)).absolute()
     standing = next(p for p in (path, *path.parents) if p.exists())
@@ -214,11 +222,16 @@ def _directory_can_be_made(config: Config) -> None:
         )
 
 
-def _python_has_what_we_start(config: Config) -> None:
+def server_packages(config: Config, *, timeout_s: float = _PROBE_S) -> dict[str, str]:
+    """Versions of the packages that we start, in the interpreter that we start them with.
+
+    Raises:
+        InputError: it does not run, or lacks one.
+    """
     servers = config.servers
     needed = ["sglang"] * (not servers.addresses) + ["sglang_router"] * servers.router
-    if not needed:
-        return
+    if config.rollout.engine != "sglang" or not needed:
+        return {}
     where = f"servers.python={servers.python}"
     python = expand(servers.python) if servers.python else sys.executable
     try:
@@ -227,21 +240,21 @@ def _python_has_what_we_start(config: Config) -> None:
             env=server_environment(config),
             capture_output=True,
             text=True,
-            timeout=_PROBE_S,
+            timeout=timeout_s,
             check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
-        raise InputError(
-            where, f"is no Python that runs ({said})", "name an interpreter that has SGLang"
-        ) from None
-    missing = done.stdout.split()
-    if missing:
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        missing = re.fullmatch(r"no (\w+)", said)
+        if missing is None:
+            way_out = "name an interpreter that has SGLang"
+            raise InputError(where, f"is no Python that runs ({said})", way_out) from None
         if servers.python is None:
             where = f"rollout.engine={config.rollout.engine}"
         raise InputError(
             where,
-            f"{python} has no {missing[0]}",
+            f"{python} has no {missing[1]}",
             'pip install "megatron-bupo[sglang]" there, or name in servers.python an interpreter '
             "that has it",
-        )
+        ) from None
+    return dict(zip(needed, done.stdout.split(), strict=True))

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_bupo.checkpoints import damaged_checkpoints, whole_checkpoints
 from megatron_bupo.config import Config, expand
-from megatron_bupo.doctor.findings import OK, PROBLEM, WARNING, Finding
+from megatron_bupo.config.server_rules import check_sync_directory
+from megatron_bupo.doctor.findings import OK, PROBLEM, WARNING, Finding, of_error
 from megatron_bupo.errors import InputError
 from megatron_bupo.planner.counts import all_parameters
 from megatron_bupo.planner.known_models import models_of
 
 AREA = "disk"
 GIB = 2**30
+TRIED = 2**20  # bytes
 
 
 def disk(config: Config) -> Iterator[Finding]:
     """At run_dir."""
     run_dir = Path(expand(config.run_dir)).absolute()
     standing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
-    if not (standing.is_dir() and os.access(standing, os.W_OK | os.X_OK)):
-        reason = f"run_dir={config.run_dir} cannot be made or written to: {standing}"
-        yield Finding(AREA, PROBLEM, reason, "choose another run_dir")
+    if (refused := _refusal(standing)) is not None:
+        reason = f"run_dir={config.run_dir} cannot be made or written to: {standing}: {refused}"
+        yield Finding(AREA, PROBLEM, reason, "choose another run_dir, or make room there")
         return
+    if config.rollout.engine == "sglang":
+        try:
+            check_sync_directory(config)
+        except InputError as error:
+            yield of_error(AREA, error)
     whole = whole_checkpoints(run_dir)
-    for damaged in damaged_checkpoints(run_dir):
+    for damaged in damaged_checkpoints(run_dir) if whole else ():  # else the recipe's tell of it
         way_out = f"it will be passed over; remove it, or see why {run_dir} was full"
         yield Finding(AREA, WARNING, f"{damaged} is not whole", way_out)
     if whole:
@@ -39,6 +47,18 @@ def disk(config: Config) -> Iterator[Finding]:
         yield Finding(AREA, OK, f"{free / GIB:.1f} GiB free at {standing}")
         return
     yield _room(config, standing, free=free, one=one, there=len(whole))
+
+
+def _refusal(folder: Path) -> str | None:
+    """Why `folder` takes no file, by trying: a quota, say, is seen by nothing else."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(TRIED))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _room(config: Config, at: Path, *, free: float, one: float, there: int) -> Finding:

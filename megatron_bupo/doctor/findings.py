@@ -23,7 +23,8 @@ class Finding:
 def of_error(area: str, error: InputError) -> Finding:
     """What a check refuses, as a problem."""
     where, reason, way_out = error.args
-    return Finding(area, PROBLEM, f"{where}: {reason}".replace("\n", " "), way_out)
+    what = f"{where}: {reason}".replace("\n", " ")
+    return Finding(area, PROBLEM, what, way_out or "correct it, or name another")
 
 
 def looked_at(area: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_bupo.config import Config
 from megatron_bupo.doctor.findings import OK, PROBLEM, WARNING, Finding, of_error
 from megatron_bupo.errors import InputError
-from megatron_bupo.rollout.client import ServerClient, ServerError
+from megatron_bupo.rollout.client import Refused, ServerClient, ServerError
 
 AREA = "servers"
 
@@ -28,21 +28,28 @@ async def _all(config: Config, timeout_s: float) -> list[Finding]:
 
 
 async def _one(config: Config, address: str, timeout_s: float) -> list[Finding]:
-    client = ServerClient(address, config.servers.api_key)
+    client, found = ServerClient(address, config.servers.api_key), []
     try:
         async with asyncio.timeout(timeout_s):
-            return [finding async for finding in _asked(config, client)]
+            async for finding in _asked(config, client):
+                found.append(finding)  # noqa: PERF401 - what came before a timeout is kept
     except InputError as error:
-        return [of_error(AREA, error)]
+        found.append(of_error(AREA, error))
     except TimeoutError:
         reason = f"{address} does not answer within {timeout_s:g} s"
-        return [Finding(AREA, PROBLEM, reason, "see its log; is a firewall between?")]
-    except (ServerError, ValueError, TypeError, AttributeError) as error:
-        reason = f"{address}: {error}"
-        way_out = "is it SGLang, is it up, and is servers.api_key its own?"
-        return [Finding(AREA, PROBLEM, reason, way_out)]
+        way_out = "see its log; is it still loading, or a firewall between?"
+        found.append(Finding(AREA, PROBLEM, reason, way_out))
+    except Refused as error:
+        way_out = "is it SGLang, and does something stand before it? See its log"
+        if error.status in (401, 403):
+            way_out = "set servers.api_key to the one that it was started with"
+        found.append(Finding(AREA, PROBLEM, f"{address}: {error}", way_out))
+    except (ServerError, ValueError, TypeError) as error:
+        way_out = "is it SGLang, is it up, and is this its address?"
+        found.append(Finding(AREA, PROBLEM, f"{address}: {error}", way_out))
     finally:
         await client.close()
+    return found
 
 
 async def _asked(config: Config, client: ServerClient) -> AsyncIterator[Finding]:
@@ -62,6 +69,8 @@ async def _asked(config: Config, client: ServerClient) -> AsyncIterator[Finding]
             f"{client.address} has a context of {room} tokens, and a response may need {longest}"
         )
         yield Finding(AREA, PROBLEM, reason, f"start it with --context-length {longest + 2}")
-    if not await client.healthy(timeout_s=20):
-        reason = f"{client.address} is up but does not generate"
+    try:
+        await client.get("/health")
+    except ServerError as error:
+        reason = f"{client.address} is up but does not generate ({error})"
         yield Finding(AREA, PROBLEM, reason, "see its log; it may be paused or still loading")

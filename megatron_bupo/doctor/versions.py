@@ -1,5 +1,5 @@
-"""Which software is here, and does it go together? Packages are looked up, not imported: two of
-them that clash would take the doctor along.
+"""Which software is here, and does it go together? Packages are looked up, or imported by another
+process: two of them that clash would take the doctor along.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_bupo.config import Config, expand
-from megatron_bupo.config.server_rules import server_environment
+from megatron_bupo.config import Config
+from megatron_bupo.config.server_rules import server_packages
 from megatron_bupo.doctor.findings import OK, PROBLEM, WARNING, Finding
+from megatron_bupo.rollout.client import OLDEST as OLDEST_SGLANG
 
 AREA = "versions"
 OLDEST_PYTHON = (3, 11)
@@ -25,9 +26,7 @@ NEEDED: dict[str, tuple[str, str | None]] = {
     "transformers": ("4.56", None),
     "psutil": ("0", None),  # without it Megatron-Core's checkpoints hang
 }
-OLDEST_SGLANG = "0.5.4"
 TE_WAY_OUT = 'use NVIDIA\'s NGC container, or pip install "transformer-engine[pytorch]"'
-ASK_SGLANG = "import importlib.metadata as m; print(m.version('sglang'))"
 
 
 def versions(config: Config | None, *, gpus: int, timeout_s: float) -> Iterator[Finding]:
@@ -37,12 +36,12 @@ def versions(config: Config | None, *, gpus: int, timeout_s: float) -> Iterator[
     yield Finding(AREA, PROBLEM if old else OK, f"Python {python}", "use 3.11 or newer" * old)
     for package, (oldest, beyond) in NEEDED.items():
         yield _needed(package, oldest, beyond)
-    yield transformer_engine(gpus)
+    yield transformer_engine(gpus, timeout_s)
     yield apex()
     yield _flash_attention(gpus)
     yield from _clashes()
-    if config is not None and config.rollout.engine == "sglang" and not config.servers.addresses:
-        yield _sglang(config, timeout_s)
+    if config is not None:
+        yield from _servers(config, timeout_s)
 
 
 def _needed(package: str, oldest: str, beyond: str | None) -> Finding:
@@ -58,12 +57,16 @@ def _needed(package: str, oldest: str, beyond: str | None) -> Finding:
     return Finding(AREA, OK, f"{package} {found}")
 
 
-def transformer_engine(gpus: int) -> Finding:
+def transformer_engine(gpus: int, timeout_s: float) -> Finding:
     """Layers are made of its modules where it imports and there is a GPU."""
-    found = version_of("transformer-engine") or version_of("transformer_engine")
-    there = importlib.util.find_spec("transformer_engine") is not None
-    if there:
-        return Finding(AREA, OK, f"transformer-engine {found or '(of no package)'}")
+    found = version_of("transformer-engine")
+    if importlib.util.find_spec("transformer_engine") is not None:
+        said = f"transformer-engine {found or '(of no package)'}"
+        broken = _does_not_import("transformer_engine.pytorch", timeout_s)
+        if broken is None:
+            return Finding(AREA, OK, said)
+        way_out = f"build it for torch {version_of('torch')}, or {TE_WAY_OUT}"
+        return Finding(AREA, PROBLEM, f"{said} does not import: {broken}", way_out)
     if found is not None:
         reason = f"transformer-engine {found} is PyPI's empty package, without the library"
         return Finding(AREA, WARNING if gpus else OK, reason, TE_WAY_OUT if gpus else "")
@@ -82,11 +85,26 @@ def apex() -> Finding:
         return Finding(AREA, OK, "no apex: torch's or Transformer Engine's Adam steps")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     if any((folder / "multi_tensor_apply").is_dir() for folder in folders):
-        return Finding(AREA, OK, "apex is NVIDIA's")
+        if importlib.util.find_spec("amp_C") is not None:
+            return Finding(AREA, OK, "apex is NVIDIA's")
+        reason = "apex is NVIDIA's, but without its CUDA extensions, which its optimizers need"
+        return Finding(AREA, WARNING, reason, "build it with them, or pip uninstall apex")
     where = ", ".join(map(str, folders)) or str(spec.origin)
     reason = f"apex at {where} is not NVIDIA's, but another project of that name on PyPI"
     way_out = "pip uninstall apex; NVIDIA's comes with the NGC container or from its source"
     return Finding(AREA, PROBLEM, reason, way_out)
+
+
+def _does_not_import(module: str, timeout_s: float) -> str | None:
+    """Why not, if it does not; asked of another process."""
+    command = [sys.executable, "-c", f"import {module}"]
+    try:
+        subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)
+    except subprocess.CalledProcessError as error:
+        return (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
+    except subprocess.TimeoutExpired:
+        return f"it takes longer than {timeout_s:g} s"
+    return None
 
 
 def _flash_attention(gpus: int) -> Finding:
@@ -111,29 +129,16 @@ def _clashes() -> Iterator[Finding]:
         yield Finding(AREA, WARNING, reason, 'pip install "transformers<5"')
 
 
-def _sglang(config: Config, timeout_s: float) -> Finding:
+def _servers(config: Config, timeout_s: float) -> Iterator[Finding]:
     """In the interpreter that servers will be started with."""
-    python = expand(config.servers.python) if config.servers.python else sys.executable
-    try:
-        done = subprocess.run(
-            [python, "-c", ASK_SGLANG],
-            env=server_environment(config),
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = f"servers.python={python} does not run ({error})"
-        return Finding(AREA, PROBLEM, reason, "name an interpreter that has SGLang")
-    found = done.stdout.strip()
-    if done.returncode or not found:
-        way_out = 'pip install "megatron-bupo[sglang]" there, or name one that has it'
-        return Finding(AREA, PROBLEM, f"{python} has no sglang, to start servers with", way_out)
-    if numbers(found) < numbers(OLDEST_SGLANG):
-        reason = f"sglang {found} at {python} is older than this client speaks to"
-        return Finding(AREA, PROBLEM, reason, f'pip install "sglang>={OLDEST_SGLANG}" there')
-    return Finding(AREA, OK, f"sglang {found} at {python}")
+    python = config.servers.python or sys.executable
+    for package, found in server_packages(config, timeout_s=timeout_s).items():
+        said = f"{package} {found} at {python}"
+        if package == "sglang" and numbers(found) < OLDEST_SGLANG:
+            way_out = f'pip install "sglang>={".".join(map(str, OLDEST_SGLANG))}" there'
+            yield Finding(AREA, PROBLEM, f"{said} is older than this client speaks to", way_out)
+        else:
+            yield Finding(AREA, OK, said)
 
 
 def version_of(package: str) -> str | None:

@@ -149,14 +149,17 @@ class ServerClient:
         info = await self._either("/model_info", "/get_model_info")
         return str(info.get("weight_version"))
 
-    async def _either(self, path: str, older: str) -> Any:
+    async def _either(self, path: str, older: str) -> dict[str, Any]:
         """The reply of `path`, or where there is none yet of its name in older releases."""
         try:
-            return await self.get(path)
+            reply = await self.get(path)
         except Refused as error:
             if error.status != 404:
                 raise
-        return await self.get(older)
+            reply = await self.get(older)
+        if not isinstance(reply, dict):
+            raise ServerError(f"{path} does not answer as SGLang does, but {str(reply)[:80]!r}")
+        return reply
 
     async def healthy(self, *, timeout_s: float) -> bool:
         """Does it generate? Takes about a second, and no time from a server that is busy."""

@@ -83,7 +83,7 @@ def test_an_interpreter_that_is_none_is_refused(tmp_path: Path):
     assert refusal(where).startswith(f"{where}: is no Python that runs ([Errno 13] Permission")
     program.chmod(0o755)
     way_out = "name an interpreter that has SGLang"
-    assert refusal(where) == f"{where}: is no Python that runs (broken ); {way_out}"
+    assert refusal(where) == f"{where}: is no Python that runs (broken); {way_out}"
 
 
 @pytest.mark.parametrize(

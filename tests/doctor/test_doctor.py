@@ -14,22 +14,31 @@ import pytest
 from megatron_bupo.config import load_config
 from megatron_bupo.doctor.disk import disk
 from megatron_bupo.doctor.findings import OK, PROBLEM, WARNING
-from megatron_bupo.doctor.ranks import _reach
+from megatron_bupo.doctor.ranks import _reach, ranks
 from megatron_bupo.doctor.servers import servers
 from megatron_bupo.doctor.versions import apex
 from tests.runs import run
 
 
-@pytest.mark.parametrize(("folder", "level"), [("multi_tensor_apply", OK), ("lib", PROBLEM)])
+@pytest.mark.parametrize(
+    ("folder", "extensions", "level"),
+    [
+        ("multi_tensor_apply", True, OK),
+        ("multi_tensor_apply", False, WARNING),
+        ("lib", False, PROBLEM),
+    ],
+)
 def test_pypis_apex_is_not_taken_for_nvidias(
-    folder: str, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: str, extensions: bool, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "apex" / folder).mkdir(parents=True)
     (tmp_path / "apex" / "__init__.py").write_text("raise ImportError('is not imported')")
+    if extensions:
+        (tmp_path / "amp_C.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     found = apex()
     assert found.level == level
-    assert ("pip uninstall apex" in found.way_out) == (level == PROBLEM)
+    assert ("pip uninstall apex" in found.way_out) == (level != OK)
 
 
 def test_a_peer_that_cannot_be_reached_is_named():
@@ -45,6 +54,20 @@ def test_a_peer_that_cannot_be_reached_is_named():
     assert "/etc/hosts" in way_out  # another machine that takes its own name for the loopback
 
 
+@pytest.mark.parametrize(("rank", "what"), [(0, "rank 1 of 2 did not come"), (1, "no store at")])
+def test_a_rank_that_meets_nobody_says_so_in_time(
+    rank: int, what: str, monkeypatch: pytest.MonkeyPatch
+):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    told = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+    [found] = ranks(0.5)
+    assert found.level == PROBLEM
+    assert what in found.what
+
+
 ANSWERS = {
     "/server_info": {"version": "0.5.23", "tp_size": 2, "context_length": 4096},
     "/model_info": {"model_path": "/models/Qwen3-8B"},
@@ -55,9 +78,11 @@ ANSWERS = {
 class _Server(BaseHTTPRequestHandler):
     """An SGLang server as far as the doctor asks."""
 
+    status = 200
+
     def do_GET(self) -> None:
         body = json.dumps(ANSWERS[self.path]).encode()
-        self.send_response(200)
+        self.send_response(self.status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -101,6 +126,19 @@ def test_a_server_that_is_not_there_is_a_problem():
         [found] = servers(load_config(None, settings(address)), 5)
     assert found.level == PROBLEM
     assert address in found.what
+
+
+def test_a_key_that_is_wrong_and_a_page_that_is_no_server_are_told_apart(
+    address: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(ANSWERS, "/server_info", ["not", "facts"])
+    config = load_config(None, settings(address))
+    [found] = servers(config, 5)
+    assert found.level == PROBLEM
+    assert "does not answer as SGLang does" in found.what
+    monkeypatch.setattr(_Server, "status", 401)
+    [found] = servers(config, 5)
+    assert "servers.api_key" in found.way_out
 
 
 def test_disk_is_measured_against_what_a_checkpoint_takes(tmp_path: Path):
