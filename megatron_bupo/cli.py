@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bupo.arguments import parser
-from megatron_bupo.errors import TRY_AGAIN, InputError, Preempted, RunStopped
+from megatron_bupo.errors import BAD_INPUT, TRY_AGAIN, InputError, Preempted, RunStopped
 from megatron_bupo.launch.local import RankFailed, Terminated
 
 COMMANDS = {  # name -> module with `run(args)`, imported when it is the one that was asked for
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         importlib.import_module(COMMANDS[args.command]).run(args)
     except InputError as error:
-        return _ended(2, f"error: {error}")
+        return _ended(BAD_INPUT, f"error: {error}")
     except Preempted as error:
         return _ended(TRY_AGAIN, *_notes_of(error))
     except (RankFailed, RunStopped) as error:

@@ -32,4 +32,5 @@ class Preempted(RunStopped):
     """
 
 
+BAD_INPUT = 2
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: who started this may start it again

@@ -52,6 +52,14 @@ def heeded() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def hold_back() -> None:
+    """For who only starts ranks: be immune to what is meant for them. What is started inherits that
+    until it says otherwise, so a warning that reaches a rank too early waits for it.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+
+
 @contextmanager
 def allowed() -> Iterator[None]:
     """Nothing that a checkpoint would hold changes in this block: who waits in it may `vote`."""

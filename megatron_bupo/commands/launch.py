@@ -14,9 +14,9 @@ from megatron_bupo.config.checks import check
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import TRY_AGAIN, InputError, Preempted, RunStopped
 from megatron_bupo.launch import jobs, nemo, record
-from megatron_bupo.launch.cluster import Cluster, load_cluster
+from megatron_bupo.launch.cluster import SHARED, Cluster, load_cluster
 from megatron_bupo.launch.folder import cancelled_file, launch_dir, node_file
-from megatron_bupo.launch.placement import Launch, Role, roles, working_tree
+from megatron_bupo.launch.placement import SERVERS, Launch, Role, roles, working_tree
 
 HANDED_OVER_S = 120.0  # for a detached process to have begun
 
@@ -44,13 +44,12 @@ def run(args: Namespace) -> None:
     if cluster.kind == "local":
         _on_this_machine(launch, parts, detach=args.detach)
         return
-    watched = (cluster.kind == "slurm" and cluster.in_place) or args.detach
-    with nemo.submitted(launch, parts, wait=not watched) as submitted:
+    with nemo.submitted(launch, parts, wait=False) as submitted:
         launched = record.Launched.of(launch, parts, submitted)
         record.write(launch.home, launched)
         asked = f"megatron-bupo status|logs|cancel {_shown(launch)}"
         print(f"job {submitted.job}; ask by: {asked}", flush=True)
-    if watched and not args.detach:
+    if not args.detach:
         _follow(launch, launched)
 
 
@@ -72,19 +71,15 @@ def _check(launch: Launch, parts: list[Role]) -> None:
     if not cluster.in_place and not Path(expand(config.run_dir)).is_absolute():
         reason = "is relative to a directory that nodes lose with the job"
         raise InputError(f"run_dir={config.run_dir}", reason, "write its path on the cluster")
-    if parts[0].nodes > 1 and config.rollout.colocated:
-        reason = f"servers are started beside the first rank only, and there are {parts[0].nodes}"
-        way_out = "set rollout.colocated=false and server_nodes in the cluster's file"
-        raise InputError("rollout.colocated=true", f"{reason} nodes", way_out)
     if cluster.in_place and cluster.executor.get("container_image") is None:
         check(_seen_by_trainer(config, parts), parts[0].nodes * parts[0].processes)
 
 
 def _seen_by_trainer(config: Config, parts: list[Role]) -> Config:
-    """With addresses of servers, where they have nodes of their own."""
-    if len(parts) == 1:
+    """With addresses of servers, where its first rank does not start them."""
+    count = sum(part.nodes * part.processes for part in parts[1:]) + parts[0].beside
+    if not count:
         return config
-    count = parts[1].nodes * parts[1].processes
     addresses = [f"http://server-{i}:30000" for i in range(count)]
     return replace(config, servers=replace(config.servers, addresses=addresses))
 
@@ -92,14 +87,22 @@ def _seen_by_trainer(config: Config, parts: list[Role]) -> Config:
 def _described(launch: Launch, parts: list[Role]) -> str:
     """Who runs what, in comments."""
     cluster = launch.cluster
-    lines = [
-        f"{part.name}: {part.nodes} {'nodes' if part.nodes > 1 else 'node'} x {part.processes} "
-        f"{'servers' if part.name == 'serve' else 'ranks'}"
-        for part in parts
-    ]
+    lines = [f"{part.name}: {_number(part.nodes, 'node')} x {_team(part)}" for part in parts]
     lines.append(f"code: {record.code_in_words(cluster.code)}")
     lines.append(f"run_dir: {launch.run_dir}")
     return "".join(f"# {line}\n" for line in lines)
+
+
+def _team(part: Role) -> str:
+    """Who is on a node."""
+    if part.name == SERVERS:
+        return f"{part.processes} servers"
+    beside = f", with {_number(part.beside, 'server')} on them" if part.beside else ""
+    return f"{part.processes} ranks{beside}"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count > 1 else ''}"
 
 
 def _refuse_a_second(launch: Launch) -> None:
@@ -158,11 +161,14 @@ def _follow(launch: Launch, launched: record.Launched) -> None:
     from megatron_bupo.commands.logs import follow
 
     try:
-        follow(launched, launch.run_dir, rank=0, lines=0)
+        follow(launched, launch.home, rank=0, lines=0)
     except KeyboardInterrupt as error:
         error.add_note(f"job {launched.job} goes on")
         raise
-    _ended(jobs.exit_code(launch.run_dir), launch.run_dir)
+    if launched.kind in SHARED:
+        _ended(jobs.exit_code(launch.home), launch.home)
+    elif not jobs.has_succeeded(state := jobs.state(launched, launch.home)):
+        raise RunStopped(f"the run is {state}; see: megatron-bupo logs {_shown(launch)}")
 
 
 def _ended(code: int | None, run_dir: Path) -> None:

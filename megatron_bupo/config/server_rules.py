@@ -155,11 +155,12 @@ def _servers_share_gpus_by_turns(config: Config) -> None:
     rollout = config.rollout
     if not rollout.colocated:
         return
-    if config.servers.addresses:
+    if not config.servers.addresses and _several_nodes():
         raise InputError(
-            "rollout.colocated=true with servers.addresses",
-            "we know nothing of the GPUs of servers that we did not start",
-            "remove one of the two",
+            "rollout.colocated=true",
+            "a trainer of several nodes starts servers beside its first rank only",
+            "use `megatron-bupo launch`, or start servers on every node and name them in "
+            "servers.addresses, in the order of the ranks whose GPUs they share",
         )
     if config.sglang.get("device", "cuda") != "cuda":
         raise InputError(
@@ -181,16 +182,31 @@ def _servers_share_gpus_by_turns(config: Config) -> None:
         )
 
 
+def _several_nodes() -> bool:
+    """Has torchrun started us on more than this one?"""
+    world = os.environ.get("WORLD_SIZE", "1")
+    return int(world) > int(os.environ.get("LOCAL_WORLD_SIZE", world))
+
+
 def _weights_can_travel(config: Config, world: int) -> None:
     mode, servers = config.sync.mode, config.servers
     if mode != "ipc":
         return
     if servers.addresses:
-        raise InputError(
-            "sync.mode=ipc with servers.addresses",
-            "memory is shared with servers that we start on this machine only",
-            "set sync.mode=broadcast",
-        )
+        if not config.rollout.colocated:
+            raise InputError(
+                "sync.mode=ipc with servers.addresses",
+                "memory is shared between processes of one machine, and nothing says that they are",
+                "set rollout.colocated=true if they use the trainer's GPUs, else "
+                "sync.mode=broadcast",
+            )
+        if world % len(servers.addresses):
+            raise InputError(
+                f"sync.mode=ipc with {len(servers.addresses)} servers.addresses",
+                f"every rank of the trainer feeds one rank of a server, and it has {world}",
+                "name servers of equal size that have as many ranks together",
+            )
+        return
     tp = int(config.sglang.get("tp_size", 1))
     if gpus_per_server(config) != tp:
         raise InputError(

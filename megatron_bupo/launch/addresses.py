@@ -1,18 +1,38 @@
-"""How does the trainer find servers on other nodes? Each writes its address into the run directory
-when it is ready, and the trainer waits for as many as there are to be.
+"""Which node is this, and how does the trainer find servers that were started for it? Each writes
+its address into the run directory when it is ready, and every node of the trainer waits until as
+many answer as there are to be.
 """
 
 from __future__ import annotations
 
-import socket
+import os
 import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
+from megatron_bupo.config.schema import ServersConfig
 from megatron_bupo.durable import replace_text
 from megatron_bupo.errors import InputError
 from megatron_bupo.launch.folder import address_dir
 
+# Of this node among them and of the first, by Slurm, SkyPilot, Kubeflow, Lepton in this order
+NODE_RANK = ("SLURM_NODEID", "SKYPILOT_NODE_RANK", "PET_NODE_RANK", "NODE_RANK")
+FIRST_NODE = ("BUPO_FIRST_NODE", "SKYPILOT_NODE_IPS", "PET_MASTER_ADDR", "MASTER_ADDR")
+
 LOOK_S = 1.0
+HEALTH_TIMEOUT_S = 30.0
+
+
+def node_rank() -> int:
+    """Which of the nodes is this?"""
+    return next((int(os.environ[name]) for name in NODE_RANK if os.environ.get(name)), 0)
+
+
+def first_node() -> str | None:
+    """The address of the first of the nodes; None: nobody says."""
+    found = next((os.environ[name] for name in FIRST_NODE if os.environ.get(name)), None)
+    return found and found.split()[0]
 
 
 def publish(run_dir: Path, name: str, address: str) -> None:
@@ -22,31 +42,40 @@ def publish(run_dir: Path, name: str, address: str) -> None:
     replace_text(folder / name, f"{address}\n")
 
 
-def wait_for(run_dir: Path, count: int, *, timeout_s: float) -> list[str]:
-    """The addresses of `count` servers, in the order of their names.
+def is_ready(address: str, api_key: str | None) -> bool:
+    """Does the server there answer?"""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    request = urllib.request.Request(f"{address}/health", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=HEALTH_TIMEOUT_S):
+            return True
+    except (OSError, ValueError):  # urllib's own are of the first kind
+        return False
+
+
+def wait_for(
+    run_dir: Path, count: int, settings: ServersConfig, *, look: Callable[[], None]
+) -> list[str]:
+    """The addresses of `count` servers that answer, in the order of their names. An address may be
+    one of an earlier start, whose server is no more. `look` is called now and then, and may raise.
 
     Raises:
-        InputError: there are fewer after `timeout_s` seconds.
+        InputError: there are fewer after `servers.start_timeout_s`.
     """
-    folder, deadline = address_dir(run_dir), time.monotonic() + timeout_s
-    while len(found := _read(folder)) < count:
+    folder, deadline = address_dir(run_dir), time.monotonic() + settings.start_timeout_s
+    while True:
+        found = _read(folder)
+        ready = [address for address in found if is_ready(address, settings.api_key)]
+        if len(found) == len(ready) == count:
+            return found
+        look()
         if time.monotonic() > deadline:
             raise InputError(
-                f"servers.start_timeout_s={timeout_s:g}",
-                f"{len(found)} of {count} servers are ready ({folder})",
+                f"servers.start_timeout_s={settings.start_timeout_s:g}",
+                f"{len(ready)} of {count} servers are ready ({folder})",
                 f"see {run_dir / 'servers'}/*.log, or wait longer",
             )
         time.sleep(LOOK_S)
-    return found
-
-
-def own_address(towards: str | None) -> str:
-    """The address of this node by which the node `towards` reaches it; None: its name's."""
-    if towards is None:
-        return socket.gethostbyname(socket.gethostname())
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((towards, 9))  # sends nothing
-        return probe.getsockname()[0]
 
 
 def _read(folder: Path) -> list[str]:

@@ -20,15 +20,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_bupo.config import expand, load_config
-from megatron_bupo.errors import TRY_AGAIN, InputError
-from megatron_bupo.launch.addresses import wait_for
+from megatron_bupo.config import Config, expand, load_config
+from megatron_bupo.errors import BAD_INPUT, TRY_AGAIN, InputError
+from megatron_bupo.launch.addresses import first_node, node_rank, wait_for
 from megatron_bupo.launch.folder import again_file, launch_dir, log_dir, node_file, start_name
-
-# Of this node among them and of the first, by Slurm, SkyPilot, Kubeflow, Lepton in this order
-NODE_RANK = ("SLURM_NODEID", "SKYPILOT_NODE_RANK", "PET_NODE_RANK", "NODE_RANK")
-FIRST_NODE = ("BUPO_FIRST_NODE", "SKYPILOT_NODE_IPS", "PET_MASTER_ADDR", "MASTER_ADDR")
-BAD_INPUT = 2
+from megatron_bupo.launch.serve import beside
+from megatron_bupo.stopping import hold_back
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,17 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.directory is not None:
         os.chdir(args.directory)
     try:
-        config = load_config(settings[1], settings[2:])
-        run_dir = Path(expand(config.run_dir)).absolute()
-        if args.servers:
-            found = wait_for(run_dir, args.servers, timeout_s=config.servers.start_timeout_s)
-            settings.append(f"servers.addresses={json.dumps(found)}")
+        return _be_node(load_config(settings[1], settings[2:]), args, settings)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    _note(run_dir, None)
-    code = _torchrun(args, run_dir, settings)
-    _note(run_dir, code)
+
+
+def _be_node(config: Config, args: argparse.Namespace, settings: Sequence[str]) -> int:
+    """Start what belongs to this node, and wait until its ranks have ended."""
+    run_dir = Path(expand(config.run_dir)).absolute()
+    share = (args.beside + args.nodes - 1 - node_rank()) // args.nodes
+    first_gpu = 0 if config.rollout.colocated else args.processes
+    with beside(config, share, first_gpu=first_gpu) as look:
+        if count := args.servers + args.beside:
+            found = wait_for(run_dir, count, config.servers, look=look)
+            settings = [*settings, f"servers.addresses={json.dumps(found)}"]
+        _note(run_dir, None)
+        code = _torchrun(args, run_dir, settings)
+        _note(run_dir, code)
     if code == TRY_AGAIN:
         again_file(run_dir).write_text(f"{start_name()}\n")
     return code
@@ -63,32 +67,14 @@ def _note(run_dir: Path, code: int | None) -> None:
         node_file(run_dir).write_text(json.dumps({"pid": os.getpid(), "code": code}))
 
 
-def hold_back() -> None:
-    """Be immune to what is meant for ranks. What we start inherits that until it says otherwise: a
-    warning that reaches a rank too early waits for it (`stopping.heeded`).
-    """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-
-
-def node_rank() -> int:
-    """Which of the nodes is this?"""
-    return next((int(os.environ[name]) for name in NODE_RANK if os.environ.get(name)), 0)
-
-
-def first_node() -> str | None:
-    """The address of the first of the nodes; None: nobody says."""
-    found = next((os.environ[name] for name in FIRST_NODE if os.environ.get(name)), None)
-    return found and found.split()[0]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron_bupo.launch.node")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--port", type=int, default=29500)
     parser.add_argument("--grace", type=int, default=120, help="seconds")
-    parser.add_argument("--servers", type=int, default=0, help="to wait for")
+    parser.add_argument("--servers", type=int, default=0, help="on other nodes, to wait for")
+    parser.add_argument("--beside", type=int, default=0, help="servers on these nodes, in all")
     parser.add_argument("--directory", help="to work in")
     return parser
 
@@ -108,6 +94,8 @@ def _torchrun(args: argparse.Namespace, run_dir: Path, settings: Sequence[str]) 
     words += ["--master-port", str(args.port), "--max-restarts", "0"]
     words += ["--log-dir", str(logs), "--tee", "3"]
     began = time.monotonic()
+    if signal.SIGUSR2 in signal.sigpending():  # a warning before there was a rank to hear it
+        return TRY_AGAIN
     try:
         run.main([*words, "-m", "megatron_bupo", "train", *settings])
     except ChildFailedError as failed:

@@ -1,11 +1,13 @@
 """Which command runs on how many nodes? A recipe's layout on a cluster's nodes, role by role.
 
 Ranks fill nodes one by one, so tensor-parallel groups, which are neighbours, stay inside a node.
-Servers have nodes of their own (`server_nodes`), or the trainer's first rank starts them beside it.
+Servers have nodes of their own (`server_nodes`), or are spread over the trainer's: on the GPUs that
+its ranks leave, or on theirs (`rollout.colocated`). On a single node its first rank starts them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from megatron_bupo.errors import InputError
 from megatron_bupo.launch.cluster import Cluster
 
 TRAINER, SERVERS = "train", "serve"
+THERE = "/nemo_run/code"  # where NeMo-Run puts what is shipped
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Role:
     nodes: int
     processes: int  # ranks, or servers, on a node
     words: tuple[str, ...]
+    beside: int = 0  # servers on the nodes of ranks, in all
 
 
 @dataclass(frozen=True)
@@ -56,24 +60,29 @@ def roles(launch: Launch) -> list[Role]:
     """The trainer, and servers where they have nodes of their own.
 
     Raises:
-        InputError: the layout does not fill the nodes.
+        InputError: the layout does not fill the nodes, or they have no GPUs for the servers.
     """
     cluster = launch.cluster
     nodes, processes = _trainer_nodes(launch)
+    beside = _servers_beside(launch, nodes, processes)
     words = ["megatron_bupo.launch.node", "--nodes", str(nodes), "--processes", str(processes)]
     words += ["--port", str(cluster.port), "--grace", str(cluster.grace_s)]
     found = []
+    if beside:
+        words += ["--beside", str(beside)]
     if cluster.server_nodes:
         each = _servers_per_node(launch)
         words += ["--servers", str(each * cluster.server_nodes)]
         serving = ["megatron_bupo.launch.serve", "--servers", str(each), *_settings(launch)]
         found.append(Role(SERVERS, cluster.server_nodes, each, tuple(serving)))
-    return [Role(TRAINER, nodes, processes, (*words, *_settings(launch))), *found]
+    return [Role(TRAINER, nodes, processes, (*words, *_settings(launch)), beside), *found]
 
 
 def _settings(launch: Launch) -> list[str]:
     """Where a role goes to, and the recipe with its overrides, after a bar."""
     where = ["--directory", str(launch.directory)] if launch.cluster.in_place else []
+    if launch.cluster.kind == "kubernetes":  # other scripts of NeMo-Run's go there
+        where = ["--directory", THERE]
     return [*where, "--", "--config", launch.recipe, *launch.overrides]
 
 
@@ -90,6 +99,29 @@ def _trainer_nodes(launch: Launch) -> tuple[int, int]:
             f"choose parallel.dp or --nodes so that {per_node} divides the number of ranks",
         )
     return world // per_node, per_node
+
+
+def _servers_beside(launch: Launch, nodes: int, ranks: int) -> int:
+    """How many servers the trainer's nodes, of `ranks` each, start: none where it has one node,
+    whose first rank does.
+    """
+    config, cluster = launch.config, launch.cluster
+    elsewhere = config.servers.addresses or cluster.server_nodes or config.debug.replay is not None
+    if config.rollout.engine != "sglang" or elsewhere:
+        return 0
+    taken, each = 0 if config.rollout.colocated else ranks, gpus_per_server(config)
+    on_a_node = math.ceil(config.servers.count / nodes)
+    if (
+        0 < cluster.gpus_per_node < taken + on_a_node * each
+        and config.sglang.get("device") != "cpu"
+    ):
+        reason = f"{on_a_node} of {each} GPUs on a node that has {cluster.gpus_per_node}"
+        raise InputError(
+            f"servers.count={config.servers.count}",
+            f"{reason}, beside {ranks} ranks" if taken else reason,
+            "lower it or processes_per_node, set rollout.colocated=true, or set server_nodes",
+        )
+    return config.servers.count if nodes > 1 else 0
 
 
 def _servers_per_node(launch: Launch) -> int:

@@ -45,3 +45,14 @@ async def _cancel_others() -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+
+
+async def within(seconds: float, event: asyncio.Event) -> bool:
+    """Wait for `event`, no longer than `seconds`. (In Python 3.11 `wait_for` can lose a
+    cancellation.)
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    except TimeoutError:
+        return False

@@ -51,6 +51,7 @@ class ServerFacts:
     context_tokens: int | None  # None: the model's
     cache_tokens: int | None  # of all that is under way
     deterministic: bool
+    gives_memory: bool  # on request, and takes it back with the weights that were in it
 
     def most_tokens(self, model_context: int) -> int:
         """Of a prompt with its response. A longer response ends early, as if it had been asked to.
@@ -142,6 +143,9 @@ class ServerClient:
             context_tokens=info.get("context_length"),
             cache_tokens=info.get("max_total_num_tokens"),
             deterministic=bool(info.get("enable_deterministic_inference", False)),
+            gives_memory=all(
+                info.get(name) for name in ("enable_memory_saver", "enable_weights_cpu_backup")
+            ),
         )
 
     async def weight_version(self) -> str:

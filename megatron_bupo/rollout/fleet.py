@@ -17,8 +17,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+
 from megatron_bupo.algorithm.bupo import FULL
 from megatron_bupo.errors import InputError, RunStopped
+from megatron_bupo.rollout.background import within
 from megatron_bupo.rollout.client import Refused, ServerClient, ServerError
 from megatron_bupo.rollout.draft import version_number
 from megatron_bupo.rollout.front import Front
@@ -146,7 +149,7 @@ class Fleet:
 
     async def change(self, timeout_s: float = LOOK_S) -> None:
         """Wait until some server is not what it was, or a moment has passed."""
-        if await _within(timeout_s, self.changed):
+        if await within(timeout_s, self.changed):
             self.changed.clear()
 
     async def lease(self, tokens: int, *, needed: Callable[[], bool]) -> Server | None:
@@ -227,6 +230,8 @@ class Fleet:
                 await server.resume()
             await self._until_ready(server, began)
             server.facts = await server.client.facts()
+            if self.config.rollout.colocated:
+                server.check_sharing(self._ranks_of_each())
         except Refused as error:
             if error.status in (401, 403):
                 where, way_out = "servers.api_key", "set it to the one that the server was given"
@@ -239,6 +244,11 @@ class Fleet:
         server.state = State.UP
         seconds = time.monotonic() - began
         self.tell(f"{server.name} is up after {seconds:.0f} s: SGLang {server.facts.version}")
+
+    def _ranks_of_each(self) -> int | None:
+        """Of a server that the trainer's ranks feed one to one; None: they do not."""
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        return ranks // len(self.servers) if self.config.sync.mode == "ipc" else None
 
     async def _until_ready(self, server: Server, began: float) -> None:
         deadline, told = began + self.settings.start_timeout_s, began
@@ -265,7 +275,7 @@ class Fleet:
         """Return when `server` is lost."""
         checked, failures = time.monotonic(), 0
         while server.state is State.UP:
-            await _within(LOOK_S, server.suspected)
+            await within(LOOK_S, server.suspected)
             process = server.process
             if process is not None and (code := process.poll()) is not None:
                 self.lose(server, f"its process ended with code {code}")
@@ -287,14 +297,3 @@ class Fleet:
                 else:
                     server.suspected.set()
                     await asyncio.sleep(LOOK_S)
-
-
-async def _within(seconds: float, event: asyncio.Event) -> bool:
-    """Wait for `event`, no longer than `seconds`. (In Python 3.11 `wait_for` can lose a
-    cancellation.)
-    """
-    try:
-        async with asyncio.timeout(seconds):
-            return await event.wait()
-    except TimeoutError:
-        return False

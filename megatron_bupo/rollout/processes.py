@@ -143,6 +143,14 @@ def free_port(host: str = HOST) -> int:
     raise OSError(f"no free port on {host}")
 
 
+def own_address(towards: str) -> str:
+    """The address of this machine by which the machine `towards` reaches it."""
+    family, kind, _, _, there = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(there)  # sends nothing
+        return probe.getsockname()[0]
+
+
 def _first_gpu(config: Config, index: int) -> int | None:
     """The first of server `index`'s GPUs: after those of the trainer's ranks on this machine, or
     among them where they are shared. None on a machine without.

@@ -57,6 +57,26 @@ class Server:
         """Where it listens."""
         return self.client.address
 
+    def check_sharing(self, ranks: int | None) -> None:
+        """It can share GPUs with the trainer, of which `ranks` feed it (None: it is fed otherwise).
+
+        Raises:
+            InputError: it cannot; whoever started it can have it so.
+        """
+        assert self.facts is not None
+        if not self.facts.gives_memory:
+            raise InputError(
+                "rollout.colocated=true",
+                f"{self.name} would not give its GPU memory back",
+                "start it with --enable-memory-saver --enable-weights-cpu-backup",
+            )
+        if ranks not in (None, self.facts.tp_size):
+            raise InputError(
+                "sync.mode=ipc",
+                f"{self.name} has {self.facts.tp_size} ranks, and {ranks} of the trainer's for it",
+                "start servers that have together as many ranks as the trainer",
+            )
+
     async def generate(
         self, body: dict[str, Any], *, timeout_s: float, router: ServerClient | None = None
     ) -> Any:

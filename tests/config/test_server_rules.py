@@ -110,7 +110,6 @@ def test_options_that_are_ours_to_set_are_refused_with_the_way_out(option: str, 
 @pytest.mark.parametrize(
     ("settings", "start"),
     [
-        ((RUNNING,), "rollout.colocated=true with servers.addresses: we know nothing of the GPUs"),
         (("sglang.device=cpu",), "rollout.colocated=true with sglang.device=cpu: only the memory"),
         (
             ("rollout.max_staleness=1",),
@@ -129,6 +128,24 @@ def test_gpus_are_shared_with_servers_of_ours_that_wait_while_we_train(
     shared = ("rollout.colocated=true", "sync.mode=http")
     check(config_of(env, *shared), None)
     assert refusal(*shared, *settings).startswith(start)
+
+
+def test_a_trainer_of_several_nodes_shares_gpus_with_servers_that_it_is_told_of(
+    packages: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shared = ("rollout.colocated=true", "sync.mode=ipc", f"servers.env.PYTHONPATH={packages}")
+    two = 'servers.addresses=["http://a:30000","http://b:30000"]'
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert refusal(*shared, world=4).startswith(
+        "rollout.colocated=true: a trainer of several nodes starts servers beside its first rank "
+    )
+    check(config_of(*shared, two), 4)
+    assert refusal(*shared, two, world=3).startswith(
+        "sync.mode=ipc with 2 servers.addresses: every rank of the trainer feeds one rank of a "
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    check(config_of(*shared, "servers.count=4"), 4)
 
 
 def test_ranks_that_share_memory_are_as_many_as_those_of_the_servers(packages: Path):

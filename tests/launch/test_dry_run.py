@@ -18,6 +18,10 @@ CASES = {
     "slurm": ["--on", "slurm", "--nodes", "2"],
     "slurm_container": ["--on", "slurm_container", "--nodes", "2"],
     "slurm_servers": ["--on", "slurm_servers", "rollout.engine=sglang", "sglang.tp_size=4"],
+    "slurm_colocated": [
+        *("--on", "slurm", "--nodes", "2", "rollout.engine=sglang", "rollout.colocated=true"),
+        *("servers.count=2", "sglang.tp_size=8", "sync.mode=ipc"),
+    ],
     "skypilot": ["--on", "skypilot", "--nodes", "2", "run_dir=/bucket/demo"],
 }
 

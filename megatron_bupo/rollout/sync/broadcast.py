@@ -7,7 +7,6 @@ server's tensor-parallel ranks. A server that dies breaks its own groups and no 
 from __future__ import annotations
 
 import asyncio
-import socket
 import uuid
 from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from megatron_bupo.rollout.client import ServerClient
+from megatron_bupo.rollout.processes import own_address
 from megatron_bupo.rollout.sync.transport import Bucket, Target, Transport
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class BroadcastTransport(Transport):
     async def _group(self, target: Target, client: ServerClient, name: str) -> dist.ProcessGroup:
         key = (target.address, name)
         if key not in self._groups:
-            host = _own_address(target.address)
+            host = own_address(urlsplit(target.address).hostname or "127.0.0.1")
             world = 1 + target.tp_size
             port, store = _store(host, world, self.settings.timeout_s)
             backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -159,11 +159,3 @@ def _broadcast(group: dist.ProcessGroup, tensors: Sequence[torch.Tensor], timeou
             work.wait()
         if on_gpu:
             torch.cuda.synchronize()
-
-
-def _own_address(server: str) -> str:
-    """This machine's address as the server's sees it."""
-    parts = urlsplit(server)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))  # sends nothing
-        return probe.getsockname()[0]

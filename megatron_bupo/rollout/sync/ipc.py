@@ -1,14 +1,13 @@
 """Tensors as memory of the same machine: CUDA IPC handles of a shared GPU, or shared memory on CPU.
 
-The request carries handles, not bytes. Trainer rank r of a machine feeds tensor-parallel rank r %
-tp_size of server r // tp_size, which has the same GPU; so every rank goes through the whole stream.
+The request carries handles, not bytes. Trainer rank r feeds tensor-parallel rank r % tp_size of
+server r // tp_size, which has the same GPU; so every rank goes through the whole stream.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 
@@ -29,12 +28,11 @@ class IpcTransport(Transport):
     def pass_on(self, bucket: Bucket, targets: Sequence[Target]) -> Mapping[str, str]:
         held = [(name, tensor.detach().contiguous().clone()) for name, tensor in bucket]
         handles = _gathered(_handles(held))
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        first = dist.get_rank() - local if dist.is_initialized() else 0  # of this machine
-        mine = [t for t in targets if t.index * t.tp_size == local]
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        mine = [t for t in targets if t.index * t.tp_size == rank]
 
         async def post(target: Target, client: ServerClient) -> None:
-            begin = first + target.index * target.tp_size
+            begin = target.index * target.tp_size
             await client.post(
                 "/update_weights_from_tensor",
                 {
