@@ -8,6 +8,7 @@ nearest one; so is a value of the wrong type.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import os
@@ -32,7 +33,7 @@ Setting = tuple[str, Any]  # dotted key, value
 
 def load_config(path: str | None, overrides: Sequence[str]) -> Config:
     """The run that the YAML file `path` (None: no file) and the `key=value` overrides describe."""
-    merged = _defaults()
+    merged = copy.deepcopy(_defaults())
     sources = [] if path is None else _read_with_defaults(Path(expand(path)))
     for where, settings in [*sources, (COMMAND_LINE, _parse_overrides(overrides))]:
         for key, value in settings:
@@ -57,7 +58,7 @@ def to_yaml(config: Config) -> str:
     """Every setting of `config`, in a form that `load_config` reads back; keys to servers left
     out.
     """
-    return OmegaConf.to_yaml(OmegaConf.structured(_without_secrets(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(_without_secrets(config))))
 
 
 def flatten(config: Config) -> dict[str, object]:
@@ -79,6 +80,7 @@ def expand(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111 - a Path would damage hub ids and URLs
 
 
+@cache  # OmegaConf takes longer to build it than for all the rest
 def _defaults() -> DictConfig:
     """The schema's defaults, open to merging: OmegaConf keeps frozen classes read-only."""
     merged = OmegaConf.structured(Config)
