@@ -115,13 +115,22 @@ def _servers_beside(launch: Launch, nodes: int, ranks: int) -> int:
         0 < cluster.gpus_per_node < taken + on_a_node * each
         and config.sglang.get("device") != "cpu"
     ):
-        reason = f"{on_a_node} of {each} GPUs on a node that has {cluster.gpus_per_node}"
+        reason = f"{on_a_node} a node, of {each} GPUs, where there are {cluster.gpus_per_node}"
         raise InputError(
             f"servers.count={config.servers.count}",
             f"{reason}, beside {ranks} ranks" if taken else reason,
             "lower it or processes_per_node, set rollout.colocated=true, or set server_nodes",
         )
-    return config.servers.count if nodes > 1 else 0
+    if nodes == 1:
+        return 0
+    count, mode = config.servers.count, config.sync.mode
+    if mode == "ipc" and (count % nodes or on_a_node * each != ranks):
+        raise InputError(
+            f"sync.mode=ipc with servers.count={count}, sglang.tp_size={each} on {nodes} nodes",
+            f"every rank feeds one rank of a server of its node, and nodes have {ranks}",
+            f"choose servers.count x sglang.tp_size = {nodes * ranks}, a server within a node",
+        )
+    return count
 
 
 def _servers_per_node(launch: Launch) -> int:
