@@ -93,7 +93,8 @@ def read_policy(text: str, layers: int, *, read_out_norm: bool) -> Policy:
 def read_responses(path: Path, architecture: DecoderSizes) -> tuple[GivenResponse, ...]:
     """The rows of the JSONL file `path`; blank lines are passed over."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): strings in JSON may hold U+2028 and U+0085
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
         raise InputError(str(path), reason, "give a JSONL file") from None
@@ -110,7 +111,7 @@ def read_responses(path: Path, architecture: DecoderSizes) -> tuple[GivenRespons
 def _response(where: str, line: str, architecture: DecoderSizes) -> GivenResponse:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(where, f"is not JSON ({error})", EXAMPLE) from None
     if isinstance(row, dict) and {"input_ids", "response_ids"} <= row.keys():  # as they are dumped
         prompt, response = row["input_ids"], row["response_ids"]

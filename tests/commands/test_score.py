@@ -97,6 +97,7 @@ def test_the_full_policy_has_one_read_out_only(tmp_path: Path, model: Path):
     ("row", "reason"),
     [
         ("{", "is not JSON ("),
+        ("[" * 100_000, "is not JSON ("),
         ("[1]", "is not an object with input_ids and prompt_length; write {"),
         ('{"input_ids": [1]}', "is not an object with input_ids and prompt_length; write {"),
         ('{"input_ids": "1", "prompt_length": 1}', "input_ids must be a list of integers and "),
@@ -120,6 +121,12 @@ def test_a_bad_row_is_named_by_its_line(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / 'rows.jsonl'}: line 3: {reason}")
     assert error.count("\n") == 1
+
+
+def test_lines_of_other_systems_and_with_any_character_are_read(tmp_path: Path, model: Path):
+    odd = json.dumps(ROW | {"text": "a\u2028b\x85c"}, ensure_ascii=False)
+    scoring = read_scoring(parse(command(tmp_path, model, rows=f"\ufeff{odd}\r\n{odd}\r\n")))
+    assert [r.input_ids for r in scoring.responses] == [tuple(ROW["input_ids"])] * 2
 
 
 def test_a_file_without_rows_is_refused(tmp_path: Path, model: Path):
