@@ -13,9 +13,10 @@ from megatron_bupo.config import expand, load_config
 from megatron_bupo.config.checks import check
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import TRY_AGAIN, InputError, Preempted, RunStopped
-from megatron_bupo.launch import jobs, nemo, record
+from megatron_bupo.launch import jobs, nemo, record, secrets
 from megatron_bupo.launch.cluster import SHARED, Cluster, load_cluster
 from megatron_bupo.launch.folder import cancelled_file, launch_dir, node_file
+from megatron_bupo.launch.logs import last_error
 from megatron_bupo.launch.placement import SERVERS, Launch, Role, roles, working_tree
 
 HANDED_OVER_S = 120.0  # for a detached process to have begun
@@ -24,6 +25,7 @@ HANDED_OVER_S = 120.0  # for a detached process to have begun
 def run(args: Namespace) -> None:
     """Check all that can be checked here, then hand the job over and perhaps follow it."""
     cluster = load_cluster(args.on)
+    secrets.refuse_in_overrides(args.overrides)
     config = load_config(args.recipe, args.overrides)
     launch = Launch(
         recipe=_recipe(args.recipe, cluster),
@@ -166,12 +168,13 @@ def _follow(launch: Launch, launched: record.Launched) -> None:
         error.add_note(f"job {launched.job} goes on")
         raise
     if launched.kind in SHARED:
-        _ended(jobs.exit_code(launch.home), launch.home)
+        why = last_error(launch.home, launched.experiment)
+        _ended(jobs.exit_code(launch.home), launch.home, why)
     elif not jobs.has_succeeded(state := jobs.state(launched, launch.home)):
         raise RunStopped(f"the run is {state}; see: megatron-bupo logs {_shown(launch)}")
 
 
-def _ended(code: int | None, run_dir: Path) -> None:
+def _ended(code: int | None, run_dir: Path, why: str | None = None) -> None:
     if code == 0:
         return
     if code == TRY_AGAIN:
@@ -180,4 +183,5 @@ def _ended(code: int | None, run_dir: Path) -> None:
         preempted.add_note(f"{how}; the same command goes on where it was")
         raise preempted
     how = "was killed" if code is None else f"ended with code {code}"
+    how += f": {why}" if why is not None and code is not None else ""
     raise RunStopped(f"the run {how}; see: megatron-bupo logs {run_dir}")

@@ -18,6 +18,7 @@ def run(args: Namespace) -> None:
     """Print it."""
     run_dir = Path(expand(args.run_dir))
     launched = record.read(run_dir)
+    jobs.bring(launched, run_dir)
     where = f"{launched.nodes} x {launched.processes_per_node} ranks"
     if launched.server_nodes:
         where += f", {launched.server_nodes} nodes of servers"

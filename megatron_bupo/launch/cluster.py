@@ -20,9 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_bupo.config import expand
 from megatron_bupo.errors import InputError
+from megatron_bupo.launch import secrets
 
 KINDS = ("local", "slurm", "skypilot", "lepton", "kubernetes")
 SHARED = ("local", "slurm")  # where a shared file system is usual
+_SLURM_ONLY = ("time", "requeues")  # NeMo-Run tells others neither
 _SHIPPED = Path(__file__).parents[2] / "conf" / "clusters"
 _TIME = re.compile(r"(\d+-)?\d{1,2}(:\d\d){0,2}")
 _ENV_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
@@ -46,7 +48,7 @@ class Cluster:
     port: int = 29500  # on the trainer's first node, where its ranks meet
     env: dict[str, str] = field(default_factory=dict)
     executor: dict[str, Any] = field(default_factory=dict)  # native options, see NeMo-Run
-    # Slurm from outside: host, user, job_dir (there), and perhaps identity (a key file)
+    # Slurm from outside: host, user, and perhaps port and identity (a key file)
     ssh: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -78,6 +80,9 @@ def load_cluster(name: str) -> Cluster:
     for key in found:
         if key not in known:
             raise InputError(f"{key} ({path})", "unknown key", nearest(key, known))
+        if key in _SLURM_ONLY and found.get("kind") in KINDS and found["kind"] != "slurm":
+            reason = f"says nothing to kind={found['kind']}"
+            raise InputError(f"{key}={found[key]} ({path})", reason, "remove it")
     merged = OmegaConf.structured(Cluster)
     OmegaConf.set_readonly(merged, False)
     for key, value in found.items():
@@ -88,7 +93,12 @@ def load_cluster(name: str) -> Cluster:
             raise InputError(f"{key}={value} ({path})", reason, "correct it") from None
     if OmegaConf.is_missing(merged, "kind"):
         raise InputError(f"kind ({path})", "has no value", f"choose from {', '.join(KINDS)}")
-    cluster = OmegaConf.to_object(merged)
+    secrets.refuse_in_env(found.get("env") or {}, path, inherited=merged.kind in SHARED)
+    try:
+        cluster = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # `${oc.env:NAME}` of a name that is not set
+        where = f"{error.full_key} ({path})"
+        raise InputError(where, str(error).partition("\n")[0], "export it") from None
     assert isinstance(cluster, Cluster)
     _check(cluster, path)
     return cluster
@@ -143,8 +153,8 @@ def _check(cluster: Cluster, path: Path) -> None:
             raise InputError(f"env.{name} ({path})", reason, f"write {name.upper()}")
     if cluster.ssh:
         _check_ssh(cluster, path)
-    if cluster.server_nodes and (cluster.kind != "slurm" or cluster.ssh):
-        reason = "servers on nodes of their own need Slurm, and the files of whoever launches"
+    if cluster.server_nodes and cluster.kind != "slurm":
+        reason = "servers on nodes of their own need Slurm"
         way_out = "set it to 0, or name servers in servers.addresses"
         raise _wrong(cluster, "server_nodes", path, reason, way_out)
 
@@ -152,11 +162,17 @@ def _check(cluster: Cluster, path: Path) -> None:
 def _check_ssh(cluster: Cluster, path: Path) -> None:
     if cluster.kind != "slurm":
         raise InputError(f"ssh ({path})", f"says nothing to kind={cluster.kind}", "remove it")
-    known = {"host", "user", "job_dir", "identity"}
+    known = {"host", "user", "port", "identity"}
+    if "job_dir" in cluster.ssh:
+        raise InputError(f"ssh.job_dir ({path})", "all of a job is in its run_dir", "remove it")
     for key in sorted(cluster.ssh.keys() - known):
         raise InputError(f"ssh.{key} ({path})", "unknown key", nearest(key, known))
-    for key in sorted(known - {"identity"} - cluster.ssh.keys()):
-        raise InputError(f"ssh.{key} ({path})", "has no value", "set it")
+    for key in ("host", "user"):
+        if not cluster.ssh.get(key):
+            raise InputError(f"ssh.{key} ({path})", "has no value", "set it")
+    if not cluster.ssh.get("port", "22").isdecimal():
+        where = f"ssh.port={cluster.ssh['port']} ({path})"
+        raise InputError(where, "is not a number", "correct it")
 
 
 def _wrong(cluster: Cluster, key: str, path: Path, reason: str, way_out: str) -> InputError:

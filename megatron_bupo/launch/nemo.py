@@ -13,15 +13,16 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from megatron_bupo.errors import InputError
+from megatron_bupo.launch import clouds, remote
 from megatron_bupo.launch.executors import executor_for
-from megatron_bupo.launch.folder import launch_dir
+from megatron_bupo.launch.folder import launch_dir, node_file
 from megatron_bupo.launch.placement import Launch, Role, working_tree
 
 
@@ -53,16 +54,19 @@ def import_nemo(launch: Launch) -> Any:
 def script(launch: Launch, roles: Sequence[Role]) -> str:
     """What would be handed to the scheduler; nothing is left on disk."""
     with _experiment(launch, roles) as experiment:
-        experiment.dryrun(log=False, delete_exp_dir=True)
+        experiment.dryrun(log=False, delete_exp_dir=False)
         job = experiment.jobs[0]
         infos = getattr(job, "_dryrun_infos", None) or [job._dryrun_info]
-        text = "\n".join(_text(info) for info in infos)
-    _remove_empty(launch.home, *(() if launch.cluster.in_place else (launch.home.parent,)))
+        text = "\n".join(_text(launch, info) for info in infos)
+        shutil.rmtree(experiment._exp_dir)
+    _remove_empty(launch)
     return text
 
 
-def _text(info: Any) -> str:
+def _text(launch: Launch, info: Any) -> str:
     """What a scheduler would get."""
+    if launch.cluster.kind in clouds.IN_CONTAINERS:
+        return clouds.shown(info.request)
     task = getattr(info.request, "task", None)
     if task is None:
         return str(info)
@@ -77,11 +81,24 @@ def _text(info: Any) -> str:
 def submitted(launch: Launch, roles: Sequence[Role], *, wait: bool) -> Iterator[Submitted]:
     """Hand it over. With `wait` the end of the block is that of the run, where nobody but this
     process looks after it.
+
+    Raises:
+        InputError: it is not taken.
     """
     with _experiment(launch, roles) as experiment:
-        experiment.run(detach=not wait, tail_logs=wait)
+        node_file(launch.home).unlink(missing_ok=True)  # an earlier run's end is not this one's
+        try:
+            with clouds.sent(launch, experiment.jobs[0].executor):
+                experiment.run(detach=not wait, tail_logs=wait)
+        except (Exception, SystemExit) as error:  # it exits where ssh lets nobody in
+            shutil.rmtree(experiment._exp_dir, ignore_errors=True)
+            _remove_empty(launch)
+            reason = f"does not take the job: {remote.said(error)}"
+            way_out = "mend the cluster's file, or what the message names"
+            raise InputError(f"--on (kind={launch.cluster.kind})", reason, way_out) from error
+        experiment.detach = not wait  # of Kubernetes, too, where NeMo-Run would stay
         handle = experiment.jobs[0].handle
-        yield Submitted(experiment._id, handle.rpartition("/")[2])
+        yield Submitted(experiment._id, handle.rpartition("/")[2].rpartition("___")[2])
 
 
 @contextlib.contextmanager
@@ -112,14 +129,20 @@ def _experiment(launch: Launch, roles: Sequence[Role]) -> Iterator[Any]:
 
 def _script(run: Any, launch: Launch, role: Role) -> Any:
     module, *words = role.words
-    if launch.cluster.kind != "local":  # all others join words in a shell
-        words = [shlex.quote(word).replace("$", "$$") for word in words]
-    return run.Script(module, args=words, entrypoint=launch.cluster.interpreter, m=True)
+    kind, interpreter = launch.cluster.kind, launch.cluster.interpreter
+    if kind != "local":  # all others join words in a shell
+        words = [shlex.quote(word) for word in words]
+    if kind not in {"local", "lepton"}:  # and fill in `$NAME` themselves
+        words = [word.replace("$", "$$") for word in words]
+    if kind in clouds.IN_CONTAINERS:
+        interpreter = f"exec {interpreter}"
+    return run.Script(module, args=words, entrypoint=interpreter, m=True)
 
 
-def _remove_empty(home: Path, *above: Path) -> None:
+def _remove_empty(launch: Launch) -> None:
     """Remove what a dry run has made: directories with nothing in them."""
-    launch = launch_dir(home)
-    for path in [*sorted(launch.rglob("*"), reverse=True), launch, home, *above]:
+    home, launches = launch.home, launch_dir(launch.home)
+    above = () if launch.cluster.in_place else (home.parent,)
+    for path in [*sorted(launches.rglob("*"), reverse=True), launches, home, *above]:
         with contextlib.suppress(OSError):
             path.rmdir()

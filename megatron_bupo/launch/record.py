@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
+from megatron_bupo.config import expand
 from megatron_bupo.errors import InputError
 from megatron_bupo.launch.folder import cancelled_file, launch_dir, launch_file
 from megatron_bupo.launch.nemo import Submitted
@@ -23,7 +25,8 @@ class Launched:
     kind: str
     job: str
     experiment: str  # NeMo-Run's name of it
-    ssh: str | None  # user@host whose Slurm it is; None: this machine's
+    ssh: list[str]  # words that reach the machine whose Slurm it is; empty: it is this one's
+    run_dir: str  # there
     recipe: str
     overrides: list[str]
     nodes: int
@@ -36,12 +39,12 @@ class Launched:
     def of(launch: Launch, roles: list[Role], submitted: Submitted) -> Launched:
         """What there is to know of a launch that has been submitted."""
         cluster, trainer = launch.cluster, roles[0]
-        ssh = cluster.ssh
         return Launched(
             kind=cluster.kind,
             job=submitted.job,
             experiment=submitted.experiment,
-            ssh=f"{ssh['user']}@{ssh['host']}" if ssh else None,
+            ssh=_reaching(cluster.ssh) if cluster.ssh else [],
+            run_dir=str(launch.run_dir),
             recipe=launch.recipe,
             overrides=list(launch.overrides),
             nodes=trainer.nodes,
@@ -50,6 +53,12 @@ class Launched:
             code=code_in_words(cluster.code),
             at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+
+
+def _reaching(ssh: Mapping[str, str]) -> list[str]:
+    port = ["-p", ssh["port"]] if "port" in ssh else []
+    identity = ["-i", expand(ssh["identity"])] if "identity" in ssh else []
+    return ["ssh", *port, *identity, f"{ssh['user']}@{ssh['host']}"]
 
 
 def write(run_dir: Path, launched: Launched) -> None:
