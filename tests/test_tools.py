@@ -90,7 +90,7 @@ def test_phase_cost_counts_what_a_dumber_count_finds(tmp_path: Path):
 def test_phase_cost_looks_at_a_sixth_half_five_sixths_and_all_of_the_layers(
     layers: int, depths: list[int]
 ):
-    from tools.bench_phase_cost import Shape
+    from tools.shapes import Shape
 
     assert Shape(layers=layers).depths == depths
 

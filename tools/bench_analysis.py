@@ -41,6 +41,7 @@ from megatron_bupo.mcore import parallel
 from megatron_bupo.mcore.residual_readings import ResidualReader
 from megatron_bupo.preflight import check_model
 from megatron_bupo.types import TokenBatch
+from tools import options
 from tools.turns import MEASURED, Turns, Variant, medians_in_turns
 
 OURS = "megatron_bupo"
@@ -76,17 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser = options.parser(__doc__)
     parser.add_argument("--model", type=Path, metavar="DIR", help="default: random weights")
     sizes = {"layers": 30, "hidden": 576, "ffn": 1536, "heads": 9, "kv_heads": 3, "vocab": 49152}
     texts = {"responses": 4, "prompt_tokens": 16, "response_tokens": 128, "rounds": 1}
-    for name, default in (sizes | texts).items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=default, help="default: %(default)s")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="any other setting of ours"
-    )
+    options.add_numbers(parser, sizes | texts)
+    options.add_overrides(parser)
     return parser.parse_intermixed_args(argv)
 
 

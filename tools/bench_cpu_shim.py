@@ -35,13 +35,14 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what tools share is a module of its own
 
-from megatron_bupo.bed.prepare import BED, make_bed
+from megatron_bupo.bed.prepare import make_bed
 from megatron_bupo.build import build
-from megatron_bupo.config import expand, load_config
+from megatron_bupo.config import load_config
 from megatron_bupo.mcore import cpu
 from megatron_bupo.mcore.packed import Packing, Split
 from megatron_bupo.preflight import preflight
 from megatron_bupo.train import train_step
+from tools import options
 from tools.workers import Worker
 
 DEMO = Path(__file__).parents[1] / "conf" / "demo.yaml"
@@ -99,16 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser = options.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=20, help="default: %(default)s")
-    parser.add_argument(
-        "--bed",
-        type=Path,
-        metavar="DIR",
-        default=Path(expand(BED)),
-        help="the demo's model and data, made if missing; default: %(default)s",
-    )
+    options.add_bed(parser)
     return parser.parse_args(argv)
 
 

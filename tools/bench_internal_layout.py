@@ -38,8 +38,9 @@ from megatron_bupo.mcore import checkpoint, parallel
 from megatron_bupo.mcore.phase_actor import plan_actor, storages
 from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.preflight import Preflight, check_model
-from tools.bench_phase_cost import Shape
+from tools import options
 from tools.phase_cost import over_ranks, peak_of, together_ms
+from tools.shapes import Shape
 
 LAYOUTS = ("parallel.pp=4", "bupo.internal_layout.dp=4")
 QUANTITIES = {  # heading: key, what a shown number counts
@@ -93,13 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser = options.parser(__doc__)
     numbers = {"layer": 2, "microbatch": 2, "repeats": 5, "steps": 3} | asdict(Shape())
-    for name, default in numbers.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=default, help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any other setting")
+    options.add_numbers(parser, numbers)
+    options.add_overrides(parser)
     return parser.parse_intermixed_args(argv)
 
 

@@ -35,9 +35,8 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the variants are in a module beside this one
 
 from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy
-from megatron_bupo.bed.prepare import BED, make_bed
-from megatron_bupo.config import expand
-from tools import peers
+from megatron_bupo.bed.prepare import make_bed
+from tools import options, peers
 from tools.turns import MEASURED, Variant, medians_in_turns
 
 TRL, PLAIN, AUTHORS, OURS = "TRL", "plain logits", "authors' way", "megatron_bupo"
@@ -88,22 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser = options.parser(__doc__)
     numbers = {"rounds": 3, "steps": 30} | asdict(peers.Case())
-    for name, default in numbers.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=default, help="default: %(default)s")
-    parser.add_argument(
-        "--bed",
-        type=Path,
-        metavar="DIR",
-        default=Path(expand(BED)),
-        help="the demo's model and data, made if missing; default: %(default)s",
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="any other setting of ours"
-    )
+    options.add_numbers(parser, numbers)
+    options.add_bed(parser)
+    options.add_overrides(parser)
     return parser.parse_intermixed_args(argv)
 
 

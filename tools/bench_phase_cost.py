@@ -30,7 +30,6 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the measuring is a module of its own
 
-from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy, Policy
 from megatron_bupo.config import load_config
 from megatron_bupo.config.checks import check
 from megatron_bupo.config.layout import Layout
@@ -40,8 +39,9 @@ from megatron_bupo.launch.local import run_ranks
 from megatron_bupo.mcore import parallel
 from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.preflight import Preflight, check_model
-from megatron_bupo.types import TokenBatch
+from tools import options
 from tools.phase_cost import PhaseCost
+from tools.shapes import Shape
 
 TOLERATED = 1.25  # times the share of layers; a ratio above is explained
 
@@ -83,59 +83,6 @@ PARTS = {  # by the begin of their keys
 }
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The random model and its batch."""
-
-    layers: int = 12
-    hidden: int = 128
-    ffn: int = 384
-    heads: int = 4
-    kv_heads: int = 2
-    vocab: int = 1024
-    responses: int = 16
-    prompt_tokens: int = 16
-    response_tokens: int = 48
-
-    @property
-    def depths(self) -> list[int]:
-        """The depths to measure: a sixth, half, five sixths and all of the layers."""
-        return sorted({max(1, self.layers * sixths // 6) for sixths in (1, 3, 5, 6)})
-
-    def policy(self, depth: int) -> Policy:
-        """The policy that runs `depth` layers."""
-        return FULL if depth == self.layers else InternalLayerPolicy(depth)
-
-    def write_model(self, directory: Path) -> None:
-        """A Qwen3 checkpoint with random weights, the same ones each time."""
-        from transformers import Qwen3Config, Qwen3ForCausalLM
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        torch.manual_seed(0)
-        config = Qwen3Config(
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=self.ffn,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.hidden // self.heads,
-            max_position_embeddings=self.prompt_tokens + self.response_tokens,
-            tie_word_embeddings=True,
-        )
-        Qwen3ForCausalLM(config).save_pretrained(directory)
-
-    def batch(self) -> TokenBatch:
-        """Random responses of full length."""
-        tokens = self.prompt_tokens + self.response_tokens
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.vocab, (self.responses, tokens), generator=generator)
-        mask = (torch.arange(tokens) >= self.prompt_tokens).expand_as(ids)
-        advantages = torch.randn(self.responses, 1, generator=generator) * mask
-        return TokenBatch(ids, mask, torch.zeros(ids.shape), advantages)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the model, measure it on the layout's ranks, tell and write what came out."""
     args = parse(argv)
@@ -164,13 +111,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser = options.parser(__doc__)
     numbers = {"tp": 1, "pp": 1, "microbatch": 4, "repeats": 9} | asdict(Shape())
-    for name, default in numbers.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=default, help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any other setting")
+    options.add_numbers(parser, numbers)
+    options.add_overrides(parser)
     return parser.parse_intermixed_args(argv)
 
 

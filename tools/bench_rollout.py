@@ -41,8 +41,9 @@ from megatron_bupo.rollout.background import BackgroundLoop
 from megatron_bupo.rollout.client import IDLE_S
 from megatron_bupo.rollout.draft import Draft
 from megatron_bupo.types import Prompt, Sampling
-from tools.bench_phase_cost import Shape
+from tools import options
 from tools.servers import RunningServer, running_server, server_settings
+from tools.shapes import Shape
 
 SMALL = Shape(layers=2, hidden=64, ffn=160, response_tokens=64)
 SIZES = {name: size for name, size in asdict(SMALL).items() if name != "responses"}
@@ -93,14 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser = options.parser(__doc__)
     parser.add_argument("--python", help="interpreter that can import sglang")
     parser.add_argument("--concurrency", type=int, nargs="+", default=CONCURRENCY)
-    for name, default in ({"repeats": 5} | SIZES).items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=default, help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any other setting")
+    options.add_numbers(parser, {"repeats": 5} | SIZES)
+    options.add_overrides(parser)
     return parser.parse_intermixed_args(argv)
 
 

@@ -28,13 +28,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_bupo.bed.prepare import BED, make_bed
+from megatron_bupo.bed.prepare import make_bed
 from megatron_bupo.build import build
-from megatron_bupo.config import expand, load_config
+from megatron_bupo.config import load_config
 from megatron_bupo.launch.local import run_ranks
 from megatron_bupo.preflight import Preflight, preflight
 from megatron_bupo.record.metrics import read_metrics
 from megatron_bupo.train import train_step
+from tools import options
 
 DEMO = Path(__file__).parents[1] / "conf" / "demo.yaml"
 LAYOUTS = {  # two stages need several micro-batches to a minibatch, to keep both busy
@@ -66,20 +67,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser = options.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument(
         "--steps", type=int, default=8, help="of each phase and round; default: %(default)s"
     )
-    parser.add_argument(
-        "--bed",
-        type=Path,
-        metavar="DIR",
-        default=Path(expand(BED)),
-        help="the demo's model and data, made if missing; default: %(default)s",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any other setting")
+    options.add_bed(parser)
+    options.add_overrides(parser)
     return parser.parse_intermixed_args(argv)
 
 

@@ -42,6 +42,7 @@ from megatron_bupo.mcore import cpu, parallel
 from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.preflight import Preflight
 from megatron_bupo.types import TokenBatch
+from tools import options
 from tools.resident import forget_peak, resident_bytes
 
 # layers, hidden, ffn, heads, key-value heads, head size, vocabulary, tied: Qwen3's
@@ -116,16 +117,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser = options.parser(__doc__)
     parser.add_argument("--model", choices=SHAPES, default="tiny", help="default: %(default)s")
     parser.add_argument(
         "--peak-tflops", type=float, help="of one rank's device, e.g. 989: H100 and H200 in bf16"
     )
-    numbers = {"responses": 64, "prompt-tokens": 256, "response-tokens": 1024, "repeats": 3}
-    for name, default in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting")
+    numbers = {"responses": 64, "prompt_tokens": 256, "response_tokens": 1024, "repeats": 3}
+    options.add_numbers(parser, numbers)
+    options.add_overrides(parser)
     return parser.parse_intermixed_args(argv)
 
 

@@ -46,9 +46,10 @@ from megatron_bupo.mcore.actor import MegatronActor
 from megatron_bupo.mcore.weight_stream import ActorWeights, trained_units
 from megatron_bupo.preflight import Preflight, check_model
 from megatron_bupo.rollout.sglang import TRANSPORTS, Model, SGLangEngine
-from tools.bench_phase_cost import Shape
+from tools import options
 from tools.phase_cost import over_ranks, together_ms
 from tools.servers import RunningServer, running_server, server_settings
+from tools.shapes import Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,16 +118,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser = options.parser(__doc__)
     parser.add_argument("--python", help="interpreter that can import sglang")
     parser.add_argument("--modes", nargs="+", default=list(TRANSPORTS), choices=list(TRANSPORTS))
     parser.add_argument("--layer", type=int, help="of the internal phase; default: a sixth of all")
     numbers = {"repeats": 3} | {f.name: getattr(GIGABYTE, f.name) for f in fields(Shape)}
-    for name in ("repeats", *SIZES):
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=numbers[name], help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any other setting")
+    options.add_numbers(parser, {name: numbers[name] for name in ("repeats", *SIZES)})
+    options.add_overrides(parser)
     return parser.parse_intermixed_args(argv)
 
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import trl
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from megatron_bupo.algorithm import policy_loss as formulas
 from megatron_bupo.algorithm.advantages import token_weights
@@ -37,6 +37,7 @@ from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.preflight import check_model, preflight
 from megatron_bupo.train import train_step
 from megatron_bupo.types import TokenBatch
+from tools.shapes import Shape
 from tools.turns import Turns
 
 DEMO = Path(__file__).parents[1] / "conf" / "demo.yaml"
@@ -44,48 +45,29 @@ CLIP, LR = 0.2, 5e-5
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Shape):
     """A random model and its batch."""
 
-    layers: int = 12
     hidden: int = 256
     ffn: int = 768
-    heads: int = 4
-    kv_heads: int = 2
     vocab: int = 32768
-    responses: int = 16
     prompt_tokens: int = 32
     response_tokens: int = 224
     target_layer: int = 3
 
     def write_model(self, directory: Path) -> None:
-        """A Qwen3 checkpoint with random weights, and some tokenizer, which TRL asks for."""
-        torch.manual_seed(0)
-        config = Qwen3Config(
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=self.ffn,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.hidden // self.heads,
-            max_position_embeddings=self.prompt_tokens + self.response_tokens,
-            tie_word_embeddings=True,
-        )
-        Qwen3ForCausalLM(config).save_pretrained(directory)
+        """With some tokenizer too, which TRL asks for."""
+        super().write_model(directory)
         chain_sums.save_tokenizer(directory)
 
     def batch(self) -> TokenBatch:
-        """Random responses of full length, with old log-probs near those of a random model, so
-        that some ratios are clipped on either side.
+        """With old log-probs near those of a random model, so that some ratios are clipped on
+        either side.
         """
-        tokens = self.prompt_tokens + self.response_tokens
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.vocab, (self.responses, tokens), generator=generator)
-        mask = (torch.arange(tokens) >= self.prompt_tokens).expand_as(ids)
-        advantages = torch.randn(self.responses, 1, generator=generator) * mask
-        old = 0.2 * torch.randn(ids.shape, generator=generator) - math.log(self.vocab)
-        return TokenBatch(ids, mask, torch.zeros(ids.shape), advantages, old * mask)
+        batch = super().batch()
+        noise = torch.randn(batch.input_ids.shape, generator=torch.Generator().manual_seed(1))
+        old = (0.2 * noise - math.log(self.vocab)) * batch.response_mask
+        return replace(batch, old_logprobs=old)
 
 
 def hf_rounds(model: Any, loss: Callable[[], Tensor], turns: Turns) -> None:

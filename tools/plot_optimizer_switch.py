@@ -32,14 +32,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_bupo.bed.prepare import BED, make_bed
+from megatron_bupo.bed.prepare import make_bed
 from megatron_bupo.build import build
-from megatron_bupo.config import Config, expand, load_config
+from megatron_bupo.config import Config, load_config
 from megatron_bupo.launch.local import run_ranks
 from megatron_bupo.preflight import preflight
 from megatron_bupo.record.metrics import read_metrics
 from megatron_bupo.run import Run
 from megatron_bupo.train import train_step
+from tools import options
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,21 +81,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
+    parser = options.parser(__doc__, json="write the numbers here")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw them here")
     parser.add_argument(
         "--internal-steps", type=int, default=30, help="before the switch; default: %(default)s"
     )
     parser.add_argument("--steps", type=int, default=10, help="after it; default: %(default)s")
-    parser.add_argument(
-        "--bed",
-        type=Path,
-        metavar="DIR",
-        default=Path(expand(BED)),
-        help="the demo's model and data, made if missing; default: %(default)s",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any other setting")
+    options.add_bed(parser)
+    options.add_overrides(parser)
     return parser.parse_intermixed_args(argv)
 
 
