@@ -4,7 +4,8 @@
     export BUPO_TARGET_LAYER=6 BUPO_INTERNAL_STEPS=30
 
 verl imports the module in every process, and the engine takes the place of verl's own for
-`strategy: megatron`: a registration that names the vendor precedes one that does not.
+`strategy: megatron`: a registration that names the vendor precedes one that does not. Every other
+strategy is refused, as it would train the full policy and not say so.
 
 The engine is not told which step it is. But verl moves the learning-rate scheduler once for every
 update of the actor, however many mini-batches that has, so the scheduler's count is the step, in
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from verl.utils import tensordict_utils as tu
-from verl.workers.engine import EngineRegistry
+from verl.workers.engine import BaseEngine, EngineRegistry
 from verl.workers.engine.megatron import MegatronEngineWithLMHead
 
 from megatron_bupo.errors import InputError
@@ -29,9 +30,21 @@ REFUSED = {
     "rollout_log_probs": "actor_rollout_ref.rollout.calculate_log_probs=True",
     "rollout_is_weights": "algorithm.rollout_correction.rollout_is",
 }
+_VENDORS = ["nvidia", "amd"]
+_OTHERS = ["fsdp", "fsdp2", "fsdp_turbo", "veomni", "torchtitan", "automodel"]
 
 
-@EngineRegistry.register(model_type="language_model", backend="megatron", vendor=["nvidia", "amd"])
+@EngineRegistry.register(model_type="language_model", backend=_OTHERS, vendor=_VENDORS)
+class NoPhases(BaseEngine):
+    """Stands for the engines of verl that know no internal phase."""
+
+    def __init__(self, *_: Any, engine_config: Any, **__: Any) -> None:
+        reason = "trains the full policy alone, and megatron_bupo is to train internal ones"
+        way_out = "choose megatron, or leave it out of VERL_USE_EXTERNAL_MODULES"
+        raise InputError(f"strategy={engine_config.strategy}", reason, way_out)
+
+
+@EngineRegistry.register(model_type="language_model", backend="megatron", vendor=_VENDORS)
 class BupoEngine(MegatronEngineWithLMHead):
     """verl's engine for actor and reference."""
 

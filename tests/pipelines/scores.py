@@ -32,12 +32,14 @@ def responses() -> Tensor:
     return torch.randint(0, VOCAB, (RESPONSES, TOKENS), generator=made)
 
 
-def by_command(model_dir: Path, folder: Path) -> list[Tensor]:
-    """What `megatron-bupo score` says of the policy of each step of SCHEDULE and the one after."""
+def by_command(
+    model_dir: Path, folder: Path, policies: tuple[str, ...] = ("layer=1", "layer=3", "full")
+) -> list[Tensor]:
+    """What `megatron-bupo score` says of each policy: those of SCHEDULE, and the one after."""
     rows = [{"input_ids": ids, "prompt_length": 1} for ids in responses().tolist()]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scores = []
-    for policy in ("layer=1", "layer=3", "full"):
+    for policy in policies:
         out = folder / f"{policy}.jsonl"
         files = ["--model", model_dir, "--data", folder / "rows.jsonl", "--out", out]
         assert run("score", *files, "--policy", policy).code == 0

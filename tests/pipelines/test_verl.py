@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_bupo.errors import InputError
 from tests.pipelines.tiny_gpt import known_gpt
 from tests.ranks import RankError, run_ranks
 
@@ -37,6 +39,15 @@ def _engine(
     )
     engine.initialize()
     return engine, {"ask": computed}
+
+
+def test_an_engine_without_phases_is_refused_rather_than_left_to_train_the_full_policy():
+    importlib.import_module("megatron_bupo.pipelines.verl")
+    from verl.workers.engine import EngineRegistry
+
+    other: Any = EngineRegistry.engines["language_model", "fsdp2", "cuda", "nvidia"]
+    with pytest.raises(InputError, match="strategy=fsdp2: trains the full policy alone"):
+        other(model_config=None, engine_config=SimpleNamespace(strategy="fsdp2"))
 
 
 def _three_steps() -> list[list[str]]:

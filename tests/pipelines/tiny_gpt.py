@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,10 +35,8 @@ class CausalAttention(nn.Module):
         else:
             sizes = row.cu_seqlens_q.diff().tolist()
             pieces = zip(*(x[:, None].split(sizes) for x in (query, key, value)), strict=True)
-        read = [
-            scaled_dot_product_attention(*(x.permute(1, 2, 0, 3) for x in piece), is_causal=True)
-            for piece in pieces
-        ]
+        attend: Any = partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+        read = [attend(*(x.permute(1, 2, 0, 3) for x in piece)) for piece in pieces]
         out = torch.cat([x.permute(2, 0, 1, 3).flatten(2) for x in read])
         return out if row is None else out[:, 0]
 

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 
+class BaseEngine:
+    pass
+
+
 class EngineRegistry:
     engines: ClassVar[dict[Any, type]] = {}
 
@@ -18,8 +22,9 @@ class EngineRegistry:
         vendor: list[str] | str | None = None,
     ) -> Callable[[type], type]:
         def decorator(engine_class: type) -> type:
-            for one in vendor if isinstance(vendor, list) else [vendor]:
-                cls.engines[model_type, backend, device, one] = engine_class
+            for name in backend if isinstance(backend, list) else [backend]:
+                for one in vendor if isinstance(vendor, list) else [vendor]:
+                    cls.engines[model_type, name, device, one] = engine_class
             return engine_class
 
         return decorator
