@@ -108,8 +108,11 @@ def test_layers_are_those_of_transformers(
 @pytest.mark.slow
 def test_a_killed_analysis_goes_on_to_the_same_bits(tmp_path: Path, model: Path, responses: Path):
     out = tmp_path / "out"
+    out.mkdir()
+    (out / ".state.json.partial").write_text("{")  # killed before it had begun
     analyze(model, out, "--responses", responses)
-    whole = (out / "analysis.json").read_bytes()
+    results = [out / "analysis.json", out / "figures" / "entropy_flow.pdf"]
+    whole = [path.read_bytes() for path in results]
     parts = sorted((out / "readings").iterdir())
     assert len(parts) > 3
     for path in parts[2:]:
@@ -117,7 +120,7 @@ def test_a_killed_analysis_goes_on_to_the_same_bits(tmp_path: Path, model: Path,
     (out / "analysis.json").unlink()
     done = run("analyze", "--model", model, "--responses", responses, "--out", out, *SMALL)
     assert done.out.startswith("reading  33/92 response tokens done before\n")
-    assert (out / "analysis.json").read_bytes() == whole
+    assert [path.read_bytes() for path in results] == whole
 
 
 @pytest.mark.slow

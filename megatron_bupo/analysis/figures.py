@@ -50,9 +50,9 @@ def draw_figures(out: Path, content: Content) -> list[Path]:
     (out / FOLDER).mkdir(exist_ok=True)
     paths = []
     for name, figure in figures.items():
-        for kind in ("pdf", "png"):
+        for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):  # the same to the bit
             paths.append(out / FOLDER / f"{name}.{kind}")
-            figure.savefig(paths[-1])
+            figure.savefig(paths[-1], metadata=metadata)
     return paths[1::2]
 
 

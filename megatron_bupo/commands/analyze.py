@@ -28,7 +28,7 @@ from megatron_bupo.config.schema import BupoConfig, DebugConfig
 from megatron_bupo.config.server_rules import check_servers
 from megatron_bupo.data.prompts import load_prompts, load_training
 from megatron_bupo.data.tokenizer import load_tokenizer
-from megatron_bupo.durable import replace_text
+from megatron_bupo.durable import partial_path, replace_text
 from megatron_bupo.errors import InputError, RunStopped
 from megatron_bupo.evaluation.identity import digest, refuse_changes
 from megatron_bupo.hf.architecture import Architecture
@@ -254,7 +254,8 @@ def _check_out(out: Path) -> None:
         raise InputError(where, "is not a directory", "choose another one")
     if not out.exists() or (out / STATE).exists():
         return
-    if others := sorted(path.name for path in out.iterdir() if path.name != LOCK):
+    ours = {LOCK, partial_path(out / STATE).name}  # what a kill leaves at the very beginning
+    if others := sorted({path.name for path in out.iterdir()} - ours):
         reason = f"holds {others[0]}, and no analysis"
         raise InputError(where, reason, "choose a directory that is new or empty")
 
