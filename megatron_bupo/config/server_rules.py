@@ -18,6 +18,8 @@ from megatron_bupo.config.load import expand
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
 
+# Is in the environment where servers.addresses names servers started with these very settings
+STARTED = "BUPO_SERVERS_STARTED"
 _ADDRESS = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})")
 _PROBE = """
 import importlib.metadata, importlib.util, sys
@@ -91,7 +93,7 @@ def doubts(config: Config) -> list[str]:
     if config.rollout.engine != "sglang":
         unused = {"sglang.*": config.sglang, "servers.addresses": servers.addresses}
         why = f"rollout.engine={config.rollout.engine}"
-    elif servers.addresses:
+    elif servers.addresses and STARTED not in os.environ:
         unused = {"sglang.*": config.sglang, "servers.env": servers.env}
         why = "servers that run already, at servers.addresses"
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_bupo.launch.folder import launch_dir
 
 _NODE = re.compile(r"node-(\d+)")
+_ERROR = "error: "  # before an InputError, as a role tells it
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,16 @@ def logs_of(run_dir: Path, *, processes_per_node: int) -> list[Log]:
     for pattern in ("experiments/*/*/*/*.out", "*.log"):
         found += [Log(path, "job") for path in launch_dir(run_dir).glob(pattern)]
     return sorted(found, key=lambda log: (_changed(log.path), str(log.path)))
+
+
+def last_error(run_dir: Path, experiment: str) -> str | None:
+    """What the role that ended a job has said of it last, if it was a mistake of the user's."""
+    outputs = launch_dir(run_dir).glob(f"experiments/*/{experiment}/*/log-*.out")
+    for path in sorted(outputs, key=_changed, reverse=True):
+        for line in reversed(path.read_text(errors="replace").splitlines()):
+            if line.startswith(_ERROR):
+                return line.removeprefix(_ERROR)
+    return None
 
 
 def _changed(path: Path) -> float:

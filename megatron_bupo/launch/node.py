@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bupo.config import Config, expand, load_config
+from megatron_bupo.config.server_rules import STARTED
 from megatron_bupo.errors import BAD_INPUT, TRY_AGAIN, InputError
 from megatron_bupo.launch.addresses import first_node, node_rank, wait_for
 from megatron_bupo.launch.folder import again_file, launch_dir, log_dir, node_file, start_name
@@ -52,6 +53,7 @@ def _be_node(config: Config, args: argparse.Namespace, settings: Sequence[str]) 
         if count := args.servers + args.beside:
             found = wait_for(run_dir, count, config.servers, look=look)
             settings = [*settings, f"servers.addresses={json.dumps(found)}"]
+            os.environ[STARTED] = str(count)
         _note(run_dir, None)
         code = _torchrun(args, run_dir, settings)
         _note(run_dir, code)

@@ -5,6 +5,7 @@ without internal phases.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -14,6 +15,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from megatron_bupo.config.layout import parallel_sizes
+from megatron_bupo.config.load import HIDDEN
+from megatron_bupo.config.server_rules import STARTED
 from megatron_bupo.record.metrics import INTERNAL, read_metrics
 from megatron_bupo.record.mismatch import KL, MEAN
 
@@ -40,6 +43,7 @@ TRAINING = tuple(
     for name in ("old_logprobs", "ref_logprobs", "values", "update_critic", "update")
 )
 REPLACED = ("run_dir=", "bupo.internal_steps=", "bupo.stages=", "bupo.stages[", "bupo.guard")
+SECRET = "servers.api_key="
 GUARD = "guard.json"  # what the guard has left in run_dir
 
 
@@ -80,10 +84,17 @@ def plain_command(command: Sequence[str], run_dir: str | Path, config: Config) -
     """`command`, changed to train without internal phases in a run directory of its own."""
     program, *arguments = command
     start = ["python", "-m", "megatron_bupo"] if program.endswith("__main__.py") else [program]
-    kept = [argument for argument in arguments if not argument.startswith(REPLACED)]
+    gone = (*REPLACED, "servers.addresses=") if STARTED in os.environ else REPLACED
+    kept = [_shown(argument) for argument in arguments if not argument.startswith(gone)]
     changed = ["bupo.stages=[]"] if config.bupo.stages else ["bupo.internal_steps=0"]
     changed += ["bupo.guard=false"] if config.bupo.guard.enabled else []
     return shlex.join([*start, *kept, *changed, f"run_dir={run_dir}-{config.algorithm.advantage}"])
+
+
+def _shown(argument: str) -> str:
+    """`argument` without a key to servers that it may hold."""
+    held = argument.startswith(SECRET) and "${" not in argument
+    return f"{SECRET}{HIDDEN}" if held else argument
 
 
 def _method(config: Config) -> str:

@@ -102,3 +102,11 @@ def test_the_command_to_compare_keeps_all_but_the_schedule_and_the_directory():
     assert shlex.split(plain_command(given, "r", staged)) == [
         *("python", "-m", "megatron_bupo", "train", "bupo.stages=[]", "run_dir=r-grpo"),
     ]
+
+
+def test_the_command_to_compare_shows_no_key():
+    def shown(key: str) -> str:
+        return shlex.split(plain_command([*COMMAND, f"servers.api_key={key}"], "r", CONFIG))[5]
+
+    assert shown("open-sesame") == "servers.api_key=(hidden)"
+    assert shown("${oc.env:SGLANG_API_KEY}") == "servers.api_key=${oc.env:SGLANG_API_KEY}"
