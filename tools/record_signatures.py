@@ -88,7 +88,13 @@ QUESTIONS: dict[str, dict[str, dict[str, list[str]]]] = {
         "nemo_rl/algorithms/logits_sampling_utils.py": {
             "functions": ["need_top_k_or_top_p_filtering"]
         },
-        "nemo_rl/algorithms/grpo.py": {"functions": ["setup"]},
+        "nemo_rl/algorithms/grpo.py": {
+            "functions": ["setup"],
+            "attributes": ["seq_logprob_error_threshold", "on_policy_distillation", "loss_fn"],
+        },
+        "nemo_rl/algorithms/single_controller_utils/setup.py": {
+            "functions": ["setup_single_controller"]
+        },
         "nemo_rl/algorithms/loss/loss_functions.py": {
             "attributes": ["use_importance_sampling_correction", "use_on_policy_kl_approximation"]
         },

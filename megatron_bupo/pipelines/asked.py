@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from megatron_bupo.algorithm.bupo import PhaseSchedule, Policy
 from megatron_bupo.errors import InputError
-from megatron_bupo.pipelines.controller import PhaseController
+
+if TYPE_CHECKING:  # which needs Megatron
+    from megatron_bupo.pipelines.controller import PhaseController
 
 WITHOUT_SAMPLER = (
     "train the internal phase without it, and resume with it in the full policy's phase"

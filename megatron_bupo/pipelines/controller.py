@@ -47,15 +47,17 @@ except ImportError:
 
 
 class _Router(DepthRouter):
-    """One that lets the inference engines of the model's own process have all of it."""
+    """One that lets the inference engines of the model's own process have all of it, and whoever
+    asks for the full policy, also if the phase changes meanwhile.
+    """
 
-    serving = False
+    serving = in_full = False
 
     def skips_layer(self, layer: int) -> bool:
-        return not self.serving and super().skips_layer(layer)
+        return not (self.serving or self.in_full) and super().skips_layer(layer)
 
     def skips_final_norm(self) -> bool:
-        return not self.serving and super().skips_final_norm()
+        return not (self.serving or self.in_full) and super().skips_final_norm()
 
 
 class PhaseController:
@@ -115,8 +117,12 @@ class PhaseController:
         """Inside the block the model computes the full policy, without gradients: to evaluate, or
         to sample, in an internal phase.
         """
-        with self._router.computing(FULL), torch.no_grad():
-            yield
+        outer, self._router.in_full = self._router.in_full, True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._router.in_full = outer
 
     def state_dict(self) -> dict[str, int | None]:
         """What a checkpoint must know that the step does not say: whether the phase was left."""

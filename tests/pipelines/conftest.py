@@ -25,6 +25,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _forget() -> None:
     """Whatever was imported of them or with them."""
     names = {folder.name for folder in STAND_INS.iterdir()}
-    ours = {"megatron_bupo.pipelines.verl", "megatron_bupo.pipelines.nemo_rl"}
-    for name in [n for n in sys.modules if n.partition(".")[0] in names or n in ours]:
-        del sys.modules[name]
+    ours = tuple(f"megatron_bupo.pipelines.{name}" for name in names)
+    for name in list(sys.modules):
+        if name.partition(".")[0] in names or name.startswith(ours):
+            del sys.modules[name]

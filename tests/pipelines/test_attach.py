@@ -115,6 +115,10 @@ def _asked() -> None:
     with controller.full_policy():
         assert computed(gpt) == "full"
         assert not logits(gpt).requires_grad
+        controller.set_step(2)  # as an adapter does before each pass
+        assert computed(gpt) == "full"
+    assert computed(gpt) == "internal layer 3"
+    controller.set_step(1)
     assert computed(gpt) == "internal layer 2"
     assert logits(gpt).requires_grad
     controller.leave_internal_phase(1)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import runpy
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from megatron_bupo.algorithm.bupo import PhaseSchedule
+from megatron_bupo.errors import InputError
 from megatron_bupo.pipelines.asked import from_environment, schedule_of
+from tests.pipelines.conftest import STAND_INS
 from tests.pipelines.test_signatures import RECORDED
 
 ROOT = Path(__file__).parents[2]
@@ -64,26 +68,85 @@ def test_verls_workers_and_settings_are_told(tmp_path: Path, monkeypatch: pytest
     ]
 
 
+def _run_in_nemo_rls_place(lines: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a script of NeMo-RL's, of these `lines`, writes to its `out` through the example."""
+    script, out = folder / "run_grpo.py", folder / "out.json"
+    script.write_text(f"import json, sys\n{lines}\nopen(sys.argv[1], 'w').write(json.dumps(out))\n")
+    monkeypatch.setattr(sys, "argv", ["nemo_rl_bupo.py", str(script), str(out)])
+    runpy.run_path(str(EXAMPLES / "nemo_rl_bupo.py"), run_name="__main__")
+    return json.loads(out.read_text())
+
+
 @pytest.mark.usefixtures("stand_ins")
 def test_every_policy_of_nemo_rls_script_has_the_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    script, out = tmp_path / "run_grpo.py", tmp_path / "out.json"
-    script.write_text(
-        "import json, sys\n"
+    told = _run_in_nemo_rls_place(
         "from nemo_rl.distributed.ray_actor_environment_registry import *\n"
         "from nemo_rl.models.policy.lm_policy import Policy\n"
         "class OfTransferQueue(Policy):\n"
         "    def __init__(self, *args, dp_cfg, **kwargs):\n"
         "        super().__init__(*args, **kwargs)\n"
         "made = [Policy(0, {}, None), OfTransferQueue(0, config={}, tokenizer=None, dp_cfg=1)]\n"
-        "told = [ACTOR_ENVIRONMENT_REGISTRY[policy.worker] for policy in made]\n"
-        "open(sys.argv[1], 'w').write(json.dumps([told, [policy.worker for policy in made]]))\n"
+        "out = [[policy.worker, ACTOR_ENVIRONMENT_REGISTRY[policy.worker]] for policy in made]",
+        tmp_path,
+        monkeypatch,
     )
-    monkeypatch.setattr(sys, "argv", ["nemo_rl_bupo.py", str(script), str(out)])
-    runpy.run_path(str(EXAMPLES / "nemo_rl_bupo.py"), run_name="__main__")
     worker = "megatron_bupo.pipelines.nemo_rl.BupoPolicyWorker"
-    assert json.loads(out.read_text()) == [["uv run --extra mcore"] * 2, [worker] * 2]
+    assert told == [[worker, "uv run --extra mcore"]] * 2
+
+
+_SETUPS = {
+    "grpo": "from nemo_rl.algorithms.grpo import setup\n",
+    "single controller": (
+        "from nemo_rl.algorithms.single_controller_utils import setup_single_controller as setup\n"
+    ),
+}
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("script", _SETUPS)
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("config.grpo.seq_logprob_error_threshold = 2.0", "grpo.seq_logprob_error_threshold=2.0"),
+        ("config.loss_fn.use_importance_sampling_correction = True", "set loss_fn.*=False"),
+        ("config.on_policy_distillation = name(enabled=True)", "on_policy_distillation.enabled"),
+        ("config.policy = {'dtensor_cfg': {'enabled': True}}", "megatron_cfg.enabled=False"),
+    ],
+)
+def test_what_nemo_rls_script_would_make_of_the_sampler_is_refused_before_anything_is_set_up(
+    script: str, changed: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    lines = (
+        f"{_SETUPS[script]}"
+        "from types import SimpleNamespace as name\n"
+        "config = name(grpo=name(seq_logprob_error_threshold=None), on_policy_distillation=None)\n"
+        "config.loss_fn = name(use_importance_sampling_correction=False)\n"
+        "config.policy = {'megatron_cfg': {'enabled': True}}\n"
+    )
+    others = ", None" * (3 if script == "grpo" else 1)
+    setup = f"\nout = setup(config{others}) is config"
+    assert _run_in_nemo_rls_place(lines + setup, tmp_path, monkeypatch) is True
+    with pytest.raises(InputError, match=named):
+        _run_in_nemo_rls_place(lines + changed + setup, tmp_path, monkeypatch)
+    monkeypatch.setenv("BUPO_INTERNAL_STEPS", "0")
+    assert _run_in_nemo_rls_place(lines + changed + setup, tmp_path, monkeypatch) is True
+
+
+_MEGATRON_IS_NOT_THERE = """
+import sys
+sys.modules["megatron.core"] = None
+from megatron_bupo.pipelines import nemo_rl_driver
+"""
+
+
+def test_nemo_rls_script_needs_no_megatron():
+    subprocess.run(
+        [sys.executable, "-c", _MEGATRON_IS_NOT_THERE],
+        env={**os.environ, "PYTHONPATH": f"{STAND_INS}:{ROOT}"},
+        check=True,
+    )
 
 
 def test_workers_read_the_environment(monkeypatch: pytest.MonkeyPatch):
