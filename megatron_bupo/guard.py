@@ -49,7 +49,7 @@ def crossings(
         if not within:
             yield (
                 f"{metric} is {is_now:.4g}, and was {was:.4g} before training "
-                f"(bupo.guard.{name}={bound:g})"
+                f"(bupo.guard.{name}={bound})"
             )
 
 

@@ -11,7 +11,7 @@ import difflib
 import math
 from collections.abc import Callable
 
-from megatron_bupo.config import algorithm_rules, rollout_rules, server_rules
+from megatron_bupo.config import algorithm_rules, probe_rules, rollout_rules, server_rules
 from megatron_bupo.config.algorithm_rules import check_algorithm
 from megatron_bupo.config.critic_rules import check_critic
 from megatron_bupo.config.data_rules import check_data
@@ -168,7 +168,7 @@ def doubts(config: Config) -> list[str]:
     """What holds, but may not do what it seems to: for the person who starts the run."""
     return [
         told
-        for rules in (algorithm_rules, rollout_rules, server_rules)
+        for rules in (algorithm_rules, rollout_rules, probe_rules, server_rules)
         for told in rules.doubts(config)
     ]
 

@@ -34,6 +34,20 @@ def check_probe(config: Config) -> None:
         _check_guard(config)
 
 
+def doubts(config: Config) -> list[str]:
+    """What to tell the person who starts the run: a guard that looks too rarely leaves nothing."""
+    bupo, every, patience = config.bupo, config.probe.every, config.bupo.guard.patience
+    internal = sum(steps for _, steps in bupo.phases()) or bupo.internal_steps
+    internal = min(internal, config.steps)
+    if not bupo.guard.enabled or (looks := (internal - 1) // every) >= patience:
+        return []
+    often = (internal - 1) // patience
+    way_out = f"set probe.every={often} or less" if often else "set bupo.guard=false"
+    reason = f"looks {looks} times within the {internal} internal steps (probe.every={every})"
+    needs = f"leaves after bupo.guard.patience={patience} crossings: it cannot act"
+    return [f"warning: bupo.guard.enabled=true {reason} and {needs}; {way_out}"]
+
+
 def check_probe_against_model(config: Config, layers: int) -> None:
     """The layer that is watched lies inside the model."""
     layer = config.probe.layer

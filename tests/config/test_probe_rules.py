@@ -7,7 +7,11 @@ import pytest
 
 from megatron_bupo.config import load_config
 from megatron_bupo.config.checks import check
-from megatron_bupo.config.probe_rules import check_probe_against_model, watched_layer
+from megatron_bupo.config.probe_rules import (
+    check_probe_against_model,
+    doubts,
+    watched_layer,
+)
 from megatron_bupo.errors import InputError
 
 BASE = ["model.path=m", "data.train=d", "reward.function=math", "parallel.dp=1", "steps=10"]
@@ -87,3 +91,25 @@ def test_the_highest_layer_that_trains_is_watched_if_no_other_is_named():
     for layers, told in ((3, "is the last layer"), (2, "the model has 2 layers")):
         with pytest.raises(InputError, match=told):
             check_probe_against_model(named, layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "looks", "way_out"),
+    [  # four internal steps; the probe before step 0 is what later ones are compared with
+        (["probe.every=1", "bupo.guard.patience=3"], 3, None),
+        (["probe.every=3"], 1, None),
+        (["probe.every=4"], 0, "set probe.every=3 or less"),
+        (["probe.every=2", "bupo.guard.patience=2"], 1, "set probe.every=1 or less"),
+        (["bupo.internal_steps=1"], 0, "set bupo.guard=false"),
+        (["probe.every=4", "bupo.target_layer=auto"], 0, "set probe.every=3 or less"),
+        (["probe.every=4", "bupo.guard=false"], 0, None),
+    ],
+)
+def test_a_guard_that_looks_too_rarely_to_act_is_told_of(
+    settings: list[str], looks: int, way_out: str | None
+):
+    told = doubts(load_config(None, [*BASE, *GUARD, *settings]))
+    assert len(told) == (way_out is not None)
+    for doubt in told:
+        assert f"looks {looks} times within" in doubt
+        assert doubt.endswith(f"it cannot act; {way_out}")
