@@ -7,6 +7,7 @@ ended is to have closed them and to have left no process behind.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -25,16 +26,27 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from PIL import Image
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
+from megatron_bupo.config import load_config
 from tests.moments import LIMIT_S
 
 ROOT = Path(__file__).parents[1]
 HEAVY = (
-    "megatron_bupo.train",
+    "megatron_bupo.auto_layer",
+    "megatron_bupo.commands.train",
+    "megatron_bupo.rollout.embedded",
     "megatron_bupo.score",
-    "transformers.models.qwen3.modeling_qwen3",
+    "megatron_bupo.train",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
+    "omegaconf._impl",
+    "torch.utils.serialization",
+    "transformers.convert_slow_tokenizer",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.encoder_decoder",
+    "transformers.models.qwen3.modeling_qwen3",
 )
 MARK = "MEGATRON_BUPO_TEST_RUN"  # in the environment of all that a command starts by exec
 
@@ -99,6 +111,15 @@ class Running:
         """The processes that it forked, in order."""
         return sorted(psutil.Process(self.pid).children(), key=lambda p: p.pid)
 
+    def graders(self) -> list[psutil.Process]:
+        """The processes that grade its responses."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):  # it has just gone
+                if "rewards.worker" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
     def is_alive(self) -> bool:
         """Has it not yet ended?"""
         return _is_alive(psutil.Process(self.pid))
@@ -146,10 +167,7 @@ def run(*argv: object, env: Mapping[str, str] | None = None, timeout_s: float = 
 
 def run_as_ranks(world: int, *argv: object, timeout_s: float = LIMIT_S) -> list[Done]:
     """`megatron-bupo ARGV` as each of `world` processes that torchrun has started finds itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    told = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _unused_port()}
     ranks = []
     try:
         for rank in range(world):
@@ -190,12 +208,24 @@ def fork(function: Callable[[], int], *, env: Mapping[str, str] | None = None) -
     return Running(pid, (pipes[0][0], pipes[1][0]), mark)
 
 
+def _unused_port() -> int:
+    """Below those that the kernel gives to connections, so none of them takes it meanwhile."""
+    for port in range(10_000 + os.getpid() % 10_000, 30_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
 @cache
 def _import_heavy() -> None:
     """Before the fork, so that it costs once; no garbage, so the collector leaves it alone."""
     gc.disable()
     for module in HEAVY:
         importlib.import_module(module)
+    Image.preinit()
+    load_config(None, ["model.path=any"])  # the schema's types and defaults, and
+    get_torch_obj_rule_map()  # what torch.compile's wrappers look up, are read once too
     gc.freeze()
     gc.enable()
 

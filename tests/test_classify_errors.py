@@ -35,7 +35,7 @@ def judged(posted: Posted) -> Reply | None:
     fails = word not in ONCE or asked[word] == 1
     status = {"busy": 429, "crash": 500, "long": 400, "stranger": 401}.get(word, 200)
     if word == "slow" and fails:
-        time.sleep(1.5)
+        time.sleep(3)
     if word == "hang up" and fails:
         return None
     if word == "key" and posted.headers.get("Authorization") != "Bearer k3y":
@@ -74,7 +74,7 @@ def dump(run_dir: Path, steps: dict[int, list[str]]) -> Path:
 
 def classify(server: str, out: Path, *more: object) -> int:
     options = ["--judge", server, "--model", "judge", "--out", out, "--backoff-s", "0.01"]
-    return main([str(word) for word in [*options, "--timeout-s", "1", *more]])
+    return main([str(word) for word in [*options, *more]])
 
 
 def written(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -88,7 +88,7 @@ def test_every_failure_is_judged_once_through_all_faults_and_counted_by_its_step
     texts = {0: ["plan", "slip", "busy", "crash", "garbage"], 7: ["hang up", "slow", "no choices"]}
     texts[7] += ["nothing", "right", "mumble", "plan", "plan"]
     run, out = dump(tmp_path / "run", texts), tmp_path / "out"
-    assert classify(server, out, run) == 0
+    assert classify(server, out, run, "--timeout-s=2") == 0
     rows, errors = written(out)
     kinds = {"A": "other", "B": "execution", "C": "planning", "D": "other"}
     for row, (step, words) in zip(rows, texts.items(), strict=True):

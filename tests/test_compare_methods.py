@@ -18,6 +18,7 @@ from megatron_bupo.evaluation.scores import passes
 from megatron_bupo.intervals import student_inside, student_quantile
 from megatron_bupo.record.metrics import read_metrics
 from tests import runs
+from tests.moments import until
 from tools.compare_methods import CONFIG, METHODS, main
 from tools.comparison_runs import plan, read_methods
 from tools.comparison_statistics import (
@@ -55,8 +56,7 @@ def test_a_comparison_that_was_killed_goes_on_and_tells_of_all_runs(
     argv = [*common, "--out", str(out)]
     killed = runs.fork(lambda: main(argv))
     first = out / "grpo" / "seed_0"
-    while not (out / "bupo" / "seed_0" / "metrics.jsonl").exists():
-        assert killed.processes()
+    until((out / "bupo" / "seed_0" / "metrics.jsonl").exists, while_=killed.is_alive)
     killed.kill()  # and with it the run that was under way
     assert not (out / "comparison.json").exists()
     before = (first / "metrics.jsonl").stat().st_mtime_ns

@@ -35,17 +35,17 @@ def test_the_rank_that_raised_is_named_though_another_waits_for_it():
             raise ValueError("the reason")
         dist.barrier()
 
-    start = time.monotonic()
+    start = time.monotonic()  # a collective that waits for nobody gives up after 60 s
     with pytest.raises(RankError, match=r"(?s)rank 1 failed.*ValueError: the reason"):
         run_ranks(2, fail)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 50
 
 
 def test_a_rank_that_dies_is_named():
     def die() -> None:
         if dist.get_rank() == 0:
             os._exit(3)
-        time.sleep(60)
+        time.sleep(600)
 
     with pytest.raises(RankError, match="rank 0 died"):
         run_ranks(2, die)
@@ -56,10 +56,10 @@ def test_ranks_that_hang_are_killed_with_what_they_started(tmp_path: Path):
     def hang() -> None:
         child = subprocess.Popen(["sleep", "60"])
         (tmp_path / str(dist.get_rank())).write_text(f"{os.getpid()} {child.pid}")
-        time.sleep(60)
+        time.sleep(600)
 
     with pytest.raises(TimeoutError, match=r"\[0, 1\]"):
-        run_ranks(2, hang, timeout_s=1.5)
+        run_ranks(2, hang, timeout_s=4)
     pids = [int(pid) for rank in "01" for pid in (tmp_path / rank).read_text().split()]
     assert len(pids) == 4
     assert not any(_alive(pid) for pid in pids)

@@ -21,6 +21,8 @@ from megatron_bupo.durable import whole_lines
 from tests.moments import at_line, at_rename, kill_launcher, until
 from tests.runs import Bed, Done, Running, metrics, run, start, start_python
 
+pytestmark = pytest.mark.slow
+
 
 def wait_until(holds: Callable[[], object], running: Running) -> None:
     """Until `holds()`, which is to happen while `running` runs."""
@@ -81,7 +83,6 @@ def signal_launcher(number: signal.Signals) -> None:
     os.kill(os.getsid(0), number)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.wide)])
 def test_a_launcher_killed_at_random_moments(bed: Bed, finished: Path, tmp_path: Path, seed: int):
     for running in at_random_moments(bed, tmp_path, seed):
@@ -94,7 +95,6 @@ def test_a_launcher_killed_at_random_moments(bed: Bed, finished: Path, tmp_path:
     assert_same_run(tmp_path, finished)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.wide), 1])
 def test_a_rank_killed_at_random_moments(bed: Bed, finished: Path, tmp_path: Path, victim: int):
     for running in at_random_moments(bed, tmp_path, victim):
@@ -109,7 +109,6 @@ def test_a_rank_killed_at_random_moments(bed: Bed, finished: Path, tmp_path: Pat
     assert_same_run(tmp_path, finished)
 
 
-@pytest.mark.slow
 def test_torchrun_killed_leaves_no_rank_and_local_ranks_go_on(bed: Bed, tmp_path: Path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = ["-m", "megatron_bupo", "train", *bed.settings(tmp_path, "steps=1000")]
@@ -122,7 +121,6 @@ def test_torchrun_killed_leaves_no_rank_and_local_ranks_go_on(bed: Bed, tmp_path
     assert "resuming at step " in done.out
 
 
-@pytest.mark.slow
 def test_a_run_killed_while_it_writes_a_checkpoint(bed: Bed, finished: Path, tmp_path: Path):
     partial = tmp_path / "checkpoints" / ".step_000003.partial"
     unsealed = at_rename(f"{partial.name}/run.json", kill_launcher)
@@ -173,7 +171,6 @@ def test_a_run_that_stopped_before_its_last_export_makes_it(
     assert_same_run(tmp_path / "run", finished)
 
 
-@pytest.mark.slow
 def test_a_run_may_be_extended(bed: Bed, finished: Path, tmp_path: Path):
     bed.train(tmp_path, "steps=4")
     done = run("train", *bed.settings(tmp_path))
@@ -182,7 +179,6 @@ def test_a_run_may_be_extended(bed: Bed, finished: Path, tmp_path: Path):
     assert_same_run(tmp_path, finished)
 
 
-@pytest.mark.slow
 def test_a_resumed_run_says_which_settings_have_changed(bed: Bed, stopped: Path):
     changed = ["optimizer.lr=1e-5", "bupo.internal_steps=2", "megatron.recompute_granularity=full",
                "megatron.recompute_method=uniform", "megatron.recompute_num_layers=1"]  # fmt: skip
@@ -203,7 +199,8 @@ def test_a_resumed_run_says_which_settings_have_changed(bed: Bed, stopped: Path)
     "layout",
     [
         "parallel.vpp=1",
-        *(pytest.param(w, marks=pytest.mark.slow) for w in ("parallel.tp=2", "parallel.dp=2")),
+        "parallel.tp=2",
+        "parallel.dp=2",
     ],
 )
 def test_a_run_goes_on_under_another_layout(bed: Bed, finished: Path, stopped: Path, layout: str):
@@ -244,7 +241,6 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert done.err.count("\n") == 1
 
 
-@pytest.mark.slow  # it has ten seconds' patience
 def test_a_directory_that_a_run_is_using_is_refused(bed: Bed, finished: Path, tmp_path: Path):
     running = start("train", *bed.settings(tmp_path, "steps=1000"))
     wait_until((tmp_path / "metrics.jsonl").exists, running)
@@ -257,7 +253,6 @@ def test_a_directory_that_a_run_is_using_is_refused(bed: Bed, finished: Path, tm
     assert running.kill().err == ""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_run_that_is_preempted_saves_what_it_learned_and_goes_on_to_the_same_numbers(
@@ -278,7 +273,6 @@ def test_a_run_that_is_preempted_saves_what_it_learned_and_goes_on_to_the_same_n
     assert_same_run(tmp_path, undisturbed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_that_is_preempted_stops_all(bed: Bed, finished: Path, tmp_path: Path, rank: int):
     settings = bed.settings(tmp_path, "checkpoint.every=1000")
@@ -347,7 +341,6 @@ def test_a_run_that_is_told_to_stop_before_its_first_checkpoint_says_so(bed: Bed
     assert done.err == "stopped before the first checkpoint; the same command starts anew\n"
 
 
-@pytest.mark.slow
 def test_a_grader_that_is_killed_does_not_stop_the_run(bed: Bed, finished: Path, tmp_path: Path):
     running = start("train", *bed.settings(tmp_path))
     wait_until((tmp_path / "checkpoints" / "step_000001").exists, running)
@@ -361,7 +354,6 @@ def test_a_grader_that_is_killed_does_not_stop_the_run(bed: Bed, finished: Path,
     assert lost <= len(graders)
 
 
-@pytest.mark.slow
 def test_a_run_that_is_not_finite_stops_and_goes_on_from_its_checkpoint_once_it_is(
     bed: Bed, stopped: Path, finished: Path, tmp_path: Path
 ):

@@ -25,6 +25,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ def gguf_file() -> Path:
     return found[0]
 
 
+@cache  # its 50,000 tokens take seconds
 def read_gguf(path: Path) -> tuple[dict[str, Any], Any]:
     """Its key-value pairs, and the reader that has its tensors."""
     try:

@@ -55,9 +55,7 @@ def _with_tuples(optimizer: OptimizerConfig) -> OptimizerConfig:
 
 
 def to_yaml(config: Config) -> str:
-    """Every setting of `config`, in a form that `load_config` reads back; keys to servers left
-    out.
-    """
+    """Every setting of `config`, as `load_config` reads it back; keys to servers left out."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(_without_secrets(config))))
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import time
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from megatron_bupo.commands.bed import run
 from megatron_bupo.config import load_config
 from megatron_bupo.errors import InputError
 from tests.bed.test_chain_sums import DEMO
+from tests.moments import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,13 +50,6 @@ def fork(fn: Callable[[], object]) -> multiprocessing.process.BaseProcess:
     return process
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_bed_is_a_model_and_its_data_and_nothing_else(tmp_path: Path) -> None:
     make_bed(tmp_path / "bed", steps=1)
     assert parts_of(tmp_path / "bed") == PARTS
@@ -88,7 +81,7 @@ def test_a_killed_build_leaves_nothing_that_looks_whole_and_is_taken_up_again(
 ) -> None:
     bed = tmp_path / "bed"
     build = fork(lambda: make_bed(bed, steps=10_000))
-    wait_for(bed / "eval.jsonl")  # made before the model
+    until((bed / "eval.jsonl").exists)  # made before the model
     assert build.pid
     os.kill(build.pid, signal.SIGKILL)
     build.join()

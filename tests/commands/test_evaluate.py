@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,6 +14,7 @@ from megatron_bupo.bed import chain_sums
 from megatron_bupo.cli import main
 from megatron_bupo.config import load_config
 from megatron_bupo.data.tokenizer import load_tokenizer
+from megatron_bupo.durable import whole_lines
 from megatron_bupo.engines import benchmarks
 from megatron_bupo.evaluation.asking import ask
 from megatron_bupo.evaluation.scores import pass_at_k
@@ -22,6 +22,7 @@ from megatron_bupo.evaluation.sheets import to_line
 from megatron_bupo.rewards.grader import Grader
 from megatron_bupo.rollout.embedded import EmbeddedEngine
 from tests import runs
+from tests.moments import at_line, kill_launcher
 from tests.ranks import run_ranks
 from tests.runs import Bed
 
@@ -122,14 +123,10 @@ def test_neither_batches_nor_a_kill_change_the_results(
 ):
     out = tmp_path / "out"
     slow = [*command(bed, suite, out), "rollout.batch_size=2", "evaluation.responses_per_batch=1"]
-    for name, lines in (("AIME24", 4), ("own", 2)):
-        running = runs.start(*slow)
-        path, deadline = out / f"{name}.jsonl", time.monotonic() + 50
-        while not path.exists() or path.read_bytes().count(b"\n") < lines:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        running.kill()
-        assert path.read_bytes().count(b"\n") < QUESTIONS
+    for name in ("AIME24", "own"):
+        path = out / f"{name}.jsonl"
+        runs.start(*slow, first=at_line(3, path.name, kill_launcher)).wait()
+        assert 0 < len(whole_lines(path)) < QUESTIONS
         with path.open("a") as file:  # as if killed inside a line
             file.write('{"index": 5, "que')
         assert not (out / "results.json").exists()

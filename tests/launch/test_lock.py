@@ -11,26 +11,21 @@ import pytest
 
 from megatron_bupo.errors import InputError
 from megatron_bupo.launch.lock import hold
+from tests.moments import until
 from tests.runs import fork
 
 
-def hold_until_killed(run_dir: Path, *, lives_on_s: float = 0.0) -> int:
-    """Hold `run_dir`; a child that shares the lock, as ranks do, lives on for `lives_on_s`."""
+def hold_until_killed(run_dir: Path, *, with_a_rank: bool = False) -> int:
+    """Hold `run_dir`; a child that shares the lock, as ranks do, lives on a little from `go` on."""
     with hold(run_dir):
-        if lives_on_s and os.fork() == 0:
+        if with_a_rank and os.fork() == 0:
             (run_dir / "child").touch()
-            time.sleep(lives_on_s)
+            until((run_dir / "go").exists)
+            time.sleep(0.3)
             os._exit(0)
         (run_dir / "held").touch()
-        time.sleep(60)
+        time.sleep(600)
     return 0
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < deadline, f"no {path}"
-        time.sleep(0.01)
 
 
 def test_a_directory_is_made_and_held_for_the_block(tmp_path: Path):
@@ -47,15 +42,16 @@ def test_a_directory_is_made_and_held_for_the_block(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_killed_run_is_waited_for_until_its_last_rank_is_gone(tmp_path: Path):
-    killed = fork(lambda: hold_until_killed(tmp_path, lives_on_s=1.5))
-    wait_for(tmp_path / "held")
-    wait_for(tmp_path / "child")
+    killed = fork(lambda: hold_until_killed(tmp_path, with_a_rank=True))
+    until((tmp_path / "held").exists)
+    until((tmp_path / "child").exists)
     os.kill(killed.pid, 9)
     with (
         pytest.raises(InputError, match=rf"\(process {killed.pid}\)"),
         hold(tmp_path, patience_s=0),
     ):
         pass
+    (tmp_path / "go").touch()
     with hold(tmp_path):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
     killed.wait()
@@ -63,7 +59,7 @@ def test_a_killed_run_is_waited_for_until_its_last_rank_is_gone(tmp_path: Path):
 
 def test_no_killed_run_blocks_the_next(tmp_path: Path):
     killed = fork(lambda: hold_until_killed(tmp_path))
-    wait_for(tmp_path / "held")
+    until((tmp_path / "held").exists)
     killed.kill()
     with hold(tmp_path, patience_s=0):
         pass

@@ -43,12 +43,12 @@ class Case:
     megatron: dict[str, Any]
     dtype: str
     fast: bool  # is it in the fast tier?
-    common: bool  # in `make test`? What is fast is, and what has few ranks
+    common: bool  # in `make test`? What is fast is too
 
     @property
     def wide(self) -> bool:
         """Is it left to `make test-wide`? What it adds is another mixture of what others have."""
-        return self.ranks >= 4 and not (self.fast or self.common)
+        return not (self.fast or self.common)
 
 
 def _case(
@@ -78,7 +78,7 @@ CASES = [
     _case("one rank, qwen2 tied", QWEN2 | TIED),
     _case("one rank, llama with all biases", LLAMA | {"bias": True}),
     _case("TP2, qwen2 tied", QWEN2 | TIED, 2, tp=2),
-    _case("TP2 SP, llama with all biases", LLAMA | {"bias": True}, 2, tp=2, sp=True),
+    _case("TP2 SP, llama with all biases", LLAMA | {"bias": True}, 2, tp=2, sp=True, common=True),
     _case("TP2 SP, qwen3 tied", QWEN3 | TIED, 2, tp=2, sp=True),
     _case("TP4, llama", LLAMA, 4, tp=4),
     _case("TP4 SP, llama", LLAMA, 4, tp=4, sp=True),
@@ -88,8 +88,8 @@ CASES = [
     _case("TP2 PP2, qwen2", QWEN2, 4, tp=2, pp=2),
     _case("TP2 PP2, llama tied, even vocabulary", LLAMA | TIED | {"vocab": 64}, 4, tp=2, pp=2),
     _case("TP2 PP2 SP, qwen2", QWEN2, 4, tp=2, pp=2, sp=True),
-    _case("VPP2 PP2, qwen2 tied", QWEN2 | TIED, 2, pp=2, vpp=2),
-    _case("VPP2 PP2 TP2 SP, qwen3", QWEN3, 4, tp=2, pp=2, vpp=2, sp=True, common=True),
+    _case("VPP2 PP2, qwen2 tied", QWEN2 | TIED, 2, pp=2, vpp=2, common=True),
+    _case("VPP2 PP2 TP2 SP, qwen3", QWEN3, 4, tp=2, pp=2, vpp=2, sp=True),
     _case("VPP2 PP4, qwen3", QWEN3 | {"layers": 8}, 4, pp=4, vpp=2),
     _case("VPP2 PP4, llama tied", LLAMA | TIED | {"layers": 8}, 4, pp=4, vpp=2),
     _case("DP2, qwen3 tied", QWEN3 | TIED, 2, dp=2),
@@ -101,7 +101,6 @@ CASES = [
         pp=2,
         dp=2,
         **DIST,
-        common=True,
     ),
     _case("CP2, qwen3", QWEN3, 2, cp=2, fast=True),
     _case("CP2 TP2 SP, qwen2 tied", QWEN2 | TIED, 4, cp=2, tp=2, sp=True, common=True),
@@ -109,7 +108,7 @@ CASES = [
     _case("CP4, qwen3 tied", QWEN3 | TIED, 4, cp=4),
     _case("CP2 DP2 distributed optimizer, qwen3", QWEN3, 4, cp=2, dp=2, **DIST),
     _case("CP2 PP2 VPP2 TP2 SP, qwen3", QWEN3, 8, cp=2, pp=2, vpp=2, tp=2, sp=True),
-    _case("recompute, PP2, qwen3 tied", QWEN3 | TIED, 2, pp=2, megatron=RECOMPUTE),
+    _case("recompute, PP2, qwen3 tied", QWEN3 | TIED, 2, pp=2, megatron=RECOMPUTE, common=True),
     _case(
         "recompute, TP2 PP2 SP, outputs freed, llama",
         LLAMA,
@@ -145,6 +144,7 @@ CASES = [
             "account_for_embedding_in_pipeline_split": True,
             "account_for_loss_in_pipeline_split": True,
         },
+        common=True,
     ),
     _case(
         "1 + 2 + 1 layers, PP3, qwen2 tied",
@@ -152,6 +152,7 @@ CASES = [
         3,
         pp=3,
         megatron={"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 1},
+        common=True,
     ),
     _case(
         "TP2 PP2 DP2 distributed optimizer, qwen3 tied", QWEN3 | TIED, 8, tp=2, pp=2, dp=2, **DIST
@@ -200,10 +201,10 @@ CASES = [
         megatron={"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 1},
         **DIST,
     ),
-    _case("TP2 ETP1 SP, qwen3_moe", MOE, 2, tp=2, etp=1, sp=True),
+    _case("TP2 ETP1 SP, qwen3_moe", MOE, 2, tp=2, etp=1, sp=True, common=True),
     _case("PP2 VPP2 EP3, qwen3_moe", MOE, 6, pp=2, vpp=2, dp=3, ep=3),
     _case("recompute, CP2 EP2, qwen3_moe", MOE, 2, cp=2, ep=2, megatron=RECOMPUTE),
-    _case("bf16, EP2, qwen3_moe", MOE, 2, dp=2, ep=2, dtype=BF16),
+    _case("bf16, EP2, qwen3_moe", MOE, 2, dp=2, ep=2, dtype=BF16, common=True),
     _case("bf16, one rank, qwen3 tied", QWEN3 | TIED, dtype=BF16, fast=True),
     _case("bf16, TP2 PP2 SP, llama", LLAMA, 4, tp=2, pp=2, sp=True, dtype=BF16),
     _case(

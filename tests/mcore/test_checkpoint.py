@@ -95,8 +95,8 @@ def _there_and_back(model_dir: Path, config: Config, run_dir: Path) -> list[Cour
     ("ranks", "layout", "dtype"),
     [
         pytest.param(1, {}, "float32", id="one rank, float32"),
-        pytest.param(1, {}, "bfloat16", id="one rank, bfloat16", marks=pytest.mark.slow),
-        pytest.param(2, {"pp": 2}, "float32", id="PP2, float32", marks=pytest.mark.slow),
+        pytest.param(1, {}, "bfloat16", id="one rank, bfloat16", marks=WIDE),
+        pytest.param(2, {"pp": 2}, "float32", id="PP2, float32", marks=WIDE),
         pytest.param(2, {"pp": 2}, "bfloat16", id="PP2, bfloat16"),
         pytest.param(
             4,
@@ -113,9 +113,7 @@ def _there_and_back(model_dir: Path, config: Config, run_dir: Path) -> list[Cour
             marks=WIDE,
         ),
         pytest.param(2, {"pp": 2, "vpp": 2}, "float32", id="VPP2 PP2, float32"),
-        pytest.param(
-            2, {"pp": 2, "vpp": 2}, "bfloat16", id="VPP2 PP2, bfloat16", marks=pytest.mark.slow
-        ),
+        pytest.param(2, {"pp": 2, "vpp": 2}, "bfloat16", id="VPP2 PP2, bfloat16", marks=WIDE),
     ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
@@ -152,7 +150,7 @@ def _with_group_counters(*args: Any) -> list[Course]:
     ("ranks", "layout"),
     [
         pytest.param(1, {}, id="one rank"),
-        pytest.param(4, DIST_OPT, id="TP2 DP2 distributed optimizer", marks=pytest.mark.slow),
+        pytest.param(4, DIST_OPT, id="TP2 DP2 distributed optimizer", marks=WIDE),
     ],
 )
 def test_so_does_one_whose_adam_counts_steps_by_group(
@@ -193,7 +191,7 @@ def _change(name: str, before: Any, after: Any, *, tied: bool = True, marks: Any
         _change("one rank to TP2 PP2 SP, untied", _ONE, _TP2_PP2, tied=False, marks=WIDE),
         _change("PP4 to DP2, untied", (4, {"pp": 4}), (2, {"dp": 2}), tied=False),
         _change("VPP2 PP2 to one rank", (2, {"pp": 2, "vpp": 2}), _ONE),
-        _change("TP2 PP2 SP to one rank", _TP2_PP2, _ONE),
+        _change("TP2 PP2 SP to one rank", _TP2_PP2, _ONE, marks=WIDE),
         _change("PP4 to DP2", (4, {"pp": 4}), (2, {"dp": 2}), marks=WIDE),
         _change(
             "TP2 DP2 to PP2 DP2, distributed optimizer",

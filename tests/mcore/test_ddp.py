@@ -92,7 +92,7 @@ def _trace(model_dir: Path, parallel: dict, lr_factors: dict, megatron: dict) ->
             {"dp": 2, "pp": 2, "vpp": 2, **DISTRIBUTED},
             {"1": 0.0},
             OVERLAPPED | {"align_param_gather": True},
-            marks=pytest.mark.slow,
+            marks=WIDE,
         ),
         pytest.param(EXPERTS, {"dp": 4, "ep": 2, **DISTRIBUTED}, {}, OVERLAPPED, marks=WIDE),
     ],

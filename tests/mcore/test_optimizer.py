@@ -53,13 +53,26 @@ FAST = [
     ("one rank", False, "bfloat16"),
     ("PP2", True, "float32"),
 ]
+SLOW = [
+    ("PP2", False, "bfloat16"),
+    ("DP2 distributed optimizer", False, "float32"),
+    ("TP2 DP2 distributed optimizer", True, "bfloat16"),
+]
+
+
+def _marks(case: tuple[str, bool, str]) -> list[pytest.MarkDecorator]:
+    if case in FAST:
+        return []
+    return [pytest.mark.slow] if case in SLOW else WIDE
+
+
 FREEZING = [
     pytest.param(
         *LAYOUTS[name],
         tied,
         dtype,
         id=f"{name}{', tied' if tied else ''}, {dtype}",
-        marks=[] if (name, tied, dtype) in FAST else [pytest.mark.slow],
+        marks=_marks((name, tied, dtype)),
     )
     for name in LAYOUTS
     for tied in (False, True)
@@ -208,7 +221,7 @@ def _distance_to_adam(
     ("ranks", "layout"),
     [
         pytest.param(1, {}, id="one rank"),
-        pytest.param(4, {"pp": 4}, id="PP4", marks=pytest.mark.slow),
+        pytest.param(4, {"pp": 4}, id="PP4", marks=WIDE),
         pytest.param(*TP2_DP2, id="TP2 DP2 distributed optimizer", marks=pytest.mark.slow),
     ],
 )

@@ -24,6 +24,7 @@ from tests.mcore.actors import (
     train_once,
 )
 from tests.ranks import run_ranks
+from tests.tiers import WIDE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,7 +121,7 @@ def _against_dense_groups(
     [
         pytest.param(1, {}, True, "float32", id="one rank, tied"),
         pytest.param(1, {}, False, "bfloat16", id="one rank, bfloat16"),
-        pytest.param(2, {"dp": 2}, False, "float32", id="DP2", marks=pytest.mark.slow),
+        pytest.param(2, {"dp": 2}, False, "float32", id="DP2", marks=WIDE),
         pytest.param(
             2, {"pp": 2}, True, "bfloat16", id="PP2, tied, bfloat16", marks=pytest.mark.slow
         ),
@@ -293,7 +294,7 @@ def _twice(model_dir: Path, config: Config) -> dict[str, Tensor]:
     [
         pytest.param(1, {}, "float32", id="one rank"),
         pytest.param(2, {"dp": 2}, "bfloat16", id="DP2, bfloat16"),
-        pytest.param(4, {"tp": 2, "pp": 2}, "float32", id="TP2 PP2", marks=pytest.mark.slow),
+        pytest.param(4, {"tp": 2, "pp": 2}, "float32", id="TP2 PP2", marks=WIDE),
         pytest.param(
             4,
             DIST_OPT,

@@ -134,7 +134,15 @@ DIST: dict[str, Any] = {"distributed_optimizer": True}
     "case",
     [
         _case("PP2 to DP2, tied", 2, {"pp": 2}, {"dp": 2}, marks=[]),
-        _case("TP2 to DP2, untied", 2, {"tp": 2}, {}, tied=False, at_switch="common_step"),
+        _case(
+            "TP2 to DP2, untied",
+            2,
+            {"tp": 2},
+            {},
+            tied=False,
+            at_switch="common_step",
+            marks=WIDE,
+        ),
         _case(
             "TP2 PP2 SP to DP4, untied, distributed optimizer",
             4,
@@ -152,6 +160,7 @@ DIST: dict[str, Any] = {"distributed_optimizer": True}
             {},
             ((1, 3),),
             dtype="bfloat16",
+            marks=WIDE,
         ),
         _case(
             "layer 1, then layer 3, read out through the norm",
@@ -162,7 +171,7 @@ DIST: dict[str, Any] = {"distributed_optimizer": True}
             read_out_norm=True,
         ),
         _case("PP2 to EP2, experts", 2, {"pp": 2}, {"ep": 2}, family="qwen3_moe"),
-        _case("the same layout, fewer layers", 1, {}, {}, at_switch="warmup"),
+        _case("the same layout, fewer layers", 1, {}, {}, tied=False, at_switch="warmup"),
     ],
 )
 def test_an_actor_of_its_own_learns_what_the_whole_model_would(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -7,7 +8,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ import torch.distributed as dist
 from megatron_bupo import progress
 from megatron_bupo.record.heartbeat import Heartbeat, state_file
 from megatron_bupo.record.stall import RankState
+from tests.moments import until
 from tests.ranks import run_ranks
 from tests.runs import Bed, run
 
 pytestmark = pytest.mark.slow
 
-STALL_S = 1.0  # half of it without a sign of life is silence, and machines are busy
+STALL_S = 2.0  # half of it without a sign of life is silence, and machines are busy
 ON_AGAIN = "ranks get on again"
 
 THOUGHTFUL = """
@@ -44,21 +45,16 @@ def heartbeat(run_dir: Path, stall_s: float = STALL_S) -> Heartbeat:
     return Heartbeat(run_dir, rank=rank, world=world, stall_s=stall_s)
 
 
-def wait_until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def told(run_dir: Path) -> str:
-    file = run_dir / "stall.txt"
-    return file.read_text() if file.exists() else ""
+    with contextlib.suppress(FileNotFoundError):
+        return (run_dir / "stall.txt").read_text()
+    return ""
 
 
 def written_by(rank: int, run_dir: Path) -> dict[str, Any]:
-    file = state_file(run_dir, rank)
-    return json.loads(file.read_text()) if file.exists() else {}
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads(state_file(run_dir, rank).read_text())
+    return {}
 
 
 def without_dates(text: str) -> list[str]:
@@ -70,7 +66,7 @@ def left_in(folder: Path) -> list[str]:
 
 
 def ponder(run_dir: Path) -> None:
-    wait_until(lambda: told(run_dir))
+    until(lambda: told(run_dir))
 
 
 def test_a_rank_that_hangs_is_named_while_the_others_wait_for_it(
@@ -85,17 +81,17 @@ def test_a_rank_that_hangs_is_named_while_the_others_wait_for_it(
             progress.enter("update", 12)
             dist.all_reduce(torch.ones(1))
             progress.enter("sync", 12)
-            wait_until(lambda: ON_AGAIN in told(tmp_path))
+            until(lambda: ON_AGAIN in told(tmp_path))
         return os.getpid()
 
     pid = run_ranks(3, rank)[1]
     lines = without_dates(told(tmp_path))
-    assert re.fullmatch(r"no rank has got on for \d s \(logging.stall_s=1\):", lines[0])
-    assert re.fullmatch(r"  ranks 0, 2: update of step 13 for \d s, all_reduce \(.*", lines[1])
-    assert re.fullmatch(r"  rank 1: grade of step 13 for \d s, .*", lines[2])
+    assert re.fullmatch(r"no rank has got on for \d+ s \(logging.stall_s=2\):", lines[0])
+    assert re.fullmatch(r"  ranks 0, 2: update of step 13 for \d+ s, all_reduce \(.*", lines[1])
+    assert re.fullmatch(r"  rank 1: grade of step 13 for \d+ s, .*", lines[2])
     who = f"rank 1 (waits for nobody, and others wait): process {pid} on {socket.gethostname()}"
     assert lines[3] == f"likely culprit: {who}"
-    assert re.fullmatch(rf"{ON_AGAIN} after \d s", lines[-1])
+    assert re.fullmatch(rf"{ON_AGAIN} after \d+ s", lines[-1])
     assert capfd.readouterr().err == told(tmp_path)
     stacks = [state_file(tmp_path, rank).with_suffix(".stack.txt").read_text() for rank in range(3)]
     assert [("in all_reduce\n" in text, "in ponder\n" in text) for text in stacks] == [
@@ -112,17 +108,19 @@ def test_a_stopped_rank_0_is_named_by_another(tmp_path: Path, capfd: pytest.Capt
             progress.enter("generate", 0)
             dist.barrier()
             if dist.get_rank() == 0:
-                wait_until(lambda: written_by(0, tmp_path).get("phase") == "generate")
+                until(lambda: written_by(0, tmp_path).get("phase") == "generate")
                 os.kill(os.getpid(), signal.SIGSTOP)
             elif dist.get_rank() == 1:
-                wait_until(lambda: told(tmp_path))
+                until(lambda: told(tmp_path))
                 os.kill(written_by(0, tmp_path)["pid"], signal.SIGCONT)
             dist.barrier()
         return os.getpid()
 
     pid = run_ranks(3, rank)[0]
     lines = without_dates(told(tmp_path))
-    assert re.fullmatch(r"  rank 0: no sign of life for \d s, last in generate of step 1", lines[3])
+    assert re.fullmatch(
+        r"  rank 0: no sign of life for \d+ s, last in generate of step 1", lines[3]
+    )
     assert f"rank 0 (no sign of life): process {pid} on {socket.gethostname()}" in lines[4]
     assert capfd.readouterr().err.count("no rank has got on") == 1
     assert not state_file(tmp_path, 0).with_suffix(".stack.txt").exists()
@@ -130,15 +128,15 @@ def test_a_stopped_rank_0_is_named_by_another(tmp_path: Path, capfd: pytest.Capt
 
 def test_a_rank_that_has_not_begun_is_named(tmp_path: Path):
     with Heartbeat(tmp_path, rank=1, world=2, stall_s=STALL_S):
-        wait_until(lambda: told(tmp_path))
-    assert re.search(r"  rank 0: no sign of life for \d s, it has not begun\n", told(tmp_path))
+        until(lambda: told(tmp_path))
+    assert re.search(r"  rank 0: no sign of life for \d+ s, it has not begun\n", told(tmp_path))
     assert "\nlikely culprit: rank 0 (no sign of life)\n" in told(tmp_path)
 
 
 def test_who_gets_on_inside_a_long_phase_says_so_by_beats(tmp_path: Path):
-    with heartbeat(tmp_path, stall_s=0.5):
+    with heartbeat(tmp_path, stall_s=1.5):
         progress.enter("generate", 0)
-        while written_by(0, tmp_path).get("phase_s", 0) < 1.2:
+        while written_by(0, tmp_path).get("phase_s", 0) < 2.5:
             progress.beat()
             time.sleep(0.01)
     assert told(tmp_path) == ""
@@ -152,10 +150,10 @@ def test_nobody_reports_while_another_rank_gets_on(tmp_path: Path):
 
     with Heartbeat(tmp_path, rank=0, world=2, stall_s=0.2):
         write_for_rank_1(idle_s=0.1)
-        wait_until(lambda: written_by(0, tmp_path).get("idle_s", 0) > 0.7)
+        until(lambda: written_by(0, tmp_path).get("idle_s", 0) > 0.7)
         assert told(tmp_path) == ""
         write_for_rank_1(idle_s=0.3)
-        wait_until(lambda: told(tmp_path))
+        until(lambda: told(tmp_path))
     assert "\n  rank 1: generate of step 1 for 20 s\n" in told(tmp_path)
 
 
@@ -196,6 +194,6 @@ def test_a_run_that_hangs_in_its_grader_says_so_and_goes_on(bed: Bed, tmp_path: 
     done = run("train", *settings, "logging.stall_s=1", "checkpoint.export_hf=false")
     assert done.code == 0, done.err
     assert re.search(
-        r"\n  ranks 0-1: grade of step 1 for \d s, .*< \w+ \(process.py:\d+\)", done.err
+        r"\n  ranks 0-1: grade of step 1 for \d+ s, .*< \w+ \(process.py:\d+\)", done.err
     )
     assert ON_AGAIN in done.err

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from megatron_bupo.config.tracker_rules import check_installed, check_trackers, 
 from megatron_bupo.errors import InputError
 from megatron_bupo.record.tracker_process import FINISHED, Asked
 from megatron_bupo.record.trackers import TrackerProcess
+from tests.moments import until
 from tests.record.runs import records, write
 from tests.runs import ROOT, Bed, make_bed, metrics, run, without_times
 
@@ -78,11 +78,7 @@ def begin(name: str, run_dir: Path, first_step: int = 0) -> TrackerProcess:
 
 def news(process: TrackerProcess) -> list[str]:
     """What it says first, asked after every step."""
-    deadline = time.monotonic() + 60
-    while not (found := process.step_done()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
+    return until(process.step_done)
 
 
 @pytest.mark.parametrize("how", ["refuse", "break:1"])
@@ -104,11 +100,9 @@ def test_a_tracker_that_hangs_costs_nothing_and_is_ended(
 ):
     monkeypatch.setenv("FAKE_TRACKER", "hang")
     process = begin("wandb", write(tmp_path / "run", records(("full", 3))))
-    start = time.perf_counter()
     for _ in range(100_000):  # more than a pipe holds
         process._say(b"\n")
     assert process.step_done() == []
-    assert time.perf_counter() - start < 5
     (warning,) = process.close(finished=True, patience_s=0.2)
     assert "was not done after 0.2 s" in warning
 
@@ -175,8 +169,8 @@ def test_real_trackio_has_each_step_of_a_resumed_run_once(
     monkeypatch.chdir(ROOT)
     every = records(("internal layer 5", 2), ("full", 2))
     every[1]["update/grad_norm"] = None
-    for first_step, until in ((0, 3), (2, 4)):
-        follow("trackio", write(tmp_path / "run", every[:until]), first_step)
+    for first_step, end in ((0, 3), (2, 4)):
+        follow("trackio", write(tmp_path / "run", every[:end]), first_step)
     program = """
 import json, trackio
 from trackio.sqlite_storage import SQLiteStorage

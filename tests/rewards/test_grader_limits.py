@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -69,9 +68,7 @@ def test_what_a_function_keeps_is_given_back_before_it_costs_anybody_a_reward(
 def test_a_long_batch_gets_more_processes_and_keeps_its_order(function: str) -> None:
     grader = Grader(RewardConfig(function, processes=4))
     groups = [group("wait", "pid", index=i) for i in range(16)]
-    began = time.monotonic()
     pids = {grades[1].reward for grades in grader.grade(groups)}
-    assert time.monotonic() - began < 16 * 0.4
     assert len(pids) > 1
     again = grader.grade([group("7", index=i) for i in range(9)] + [group("pid", "7", index=9)])
     grader.close()

@@ -31,7 +31,7 @@ def one(row: dict[str, Any], key: str | None) -> Reply | None:
     if word == "hang up":
         return None
     if word == "slow":
-        time.sleep(1.0)
+        time.sleep(2.0)
     known = {
         "garbage": b"<html>",
         "null": None,
@@ -62,7 +62,7 @@ def group(*responses: str) -> RolloutGroup:
 def graded(url: str, *responses: str, **options: Any) -> list[tuple[float, str]]:
     options = {"backoff_s": 0.01, "attempts": 3} | options
     # Short only where it is waited for: this machine may be busy
-    grader = Grader(RewardConfig(url, options, timeout_s=0.3 if "slow" in responses else 10.0))
+    grader = Grader(RewardConfig(url, options, timeout_s=1.0 if "slow" in responses else 60.0))
     try:
         return [(g.reward, g.warning or "") for g in grader.grade([group(*responses)])[0]]
     finally:
@@ -99,7 +99,7 @@ def test_what_may_pass_is_tried_again_and_the_rest_is_not(judge: str) -> None:
         ("500", "status 500"),
         ("404", "status 404"),
         ("hang up", "ServerDisconnectedError"),
-        ("slow", "no reply within 0.3 s"),
+        ("slow", "no reply within 1 s"),
         ("garbage", "the reply is no JSON: <html>"),
         ("null", "the reply is no finite number: null"),
         ("text", 'the reply is no finite number: "1.0"'),
@@ -128,7 +128,7 @@ def test_a_grader_that_is_gone_stops_the_run_soon(judge: str) -> None:
         RunStopped, match=r"none of 200 responses was graded \(remote grader: Client"
     ):
         graded("http://127.0.0.1:9/nobody", *["7"] * 200)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 def test_a_remote_term_stands_beside_functions(judge: str) -> None:

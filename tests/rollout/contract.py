@@ -22,6 +22,7 @@ from megatron_bupo.hf.architecture import read_architecture
 from megatron_bupo.rollout.weights import WholeWeights
 from megatron_bupo.types import Prompt, Rollout, RolloutGroup, Sampling, SyncReport
 from tests.dense import dense_model
+from tests.moments import until
 from tests.rollout.fake import Fake
 
 END = chain_sums.TOKEN_IDS["$"]
@@ -32,13 +33,14 @@ PROMPTS = [
 ]
 SAMPLING = Sampling(responses_per_prompt=3, max_response_tokens=24, temperature=1.0, seed=11)
 LONG = replace(SAMPLING, max_response_tokens=200, responses_per_prompt=8)
+SLOWLY_S = 0.05  # a token: a long response takes ten seconds, for a test to do something in
 FAST = [  # a test does not wait as long as a run for what will not come
-    "servers.start_timeout_s=60",
-    "servers.request_timeout_s=20",
-    "servers.batch_timeout_s=40",
+    "servers.start_timeout_s=120",
+    "servers.request_timeout_s=60",
+    "servers.batch_timeout_s=120",
     "servers.attempts=3",
     "servers.health_every_s=1",
-    "sync.timeout_s=20",
+    "sync.timeout_s=60",
 ]
 
 
@@ -84,12 +86,15 @@ class Bench:
 
     def until_running(self, soon_s: float = 0.4) -> None:
         """Return when all fakes have responses under way; on other servers, after `soon_s`."""
-        deadline = time.monotonic() + 20
         for fake in self.fakes:
-            while not fake.ask("/v1/loads")[1]["loads"][0]["num_running_reqs"]:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-        time.sleep(0.1 if self.fakes else soon_s)
+            until(lambda fake=fake: fake.ask("/v1/loads")[1]["loads"][0]["num_running_reqs"])
+        time.sleep(0.2 if self.fakes else soon_s)
+
+    def hurry(self) -> None:
+        """Have what is under way on the fakes that live come to its end."""
+        for fake in self.fakes:
+            if fake.process and fake.process.is_alive():
+                fake.have(seconds_per_token=0)
 
     def logprobs(self, rollout: Rollout, sampling: Sampling, version: int) -> Tensor:
         """Of the response tokens `[tokens]` under the weights of `version`, by transformers."""

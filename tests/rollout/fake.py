@@ -1,4 +1,4 @@
-"""The strict fake SGLang server (tests/fake_sglang) as a process that a test starts and that ends
+"""The strict fake SGLang server (tests/fake_sglang) as a process that a test forks and that ends
 with it.
 """
 
@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
+import multiprocessing
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ class Fake:
     """A running server."""
 
     url: str
-    process: subprocess.Popen[bytes] | None  # None: not ours
+    process: BaseProcess | None  # None: not ours
     log: Path
     api_key: str | None = None
 
@@ -58,7 +61,7 @@ class Fake:
         """Have it gone, without a goodbye."""
         assert self.process is not None
         self.process.kill()
-        self.process.wait()
+        self.process.join()
 
 
 @contextlib.contextmanager
@@ -67,20 +70,14 @@ def fake_server(model: Path, log: Path, *options: str, **faults: Any) -> Iterato
     without a tokenizer where the checkpoint has none.
     """
     port = free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    command += ["--port", str(port), *options]
+    words = ["--model-path", str(model), "--port", str(port), *options]
     if not (model / "tokenizer.json").exists():
-        command.append("--skip-tokenizer-init")
-    environment = os.environ | {"PYTHONPATH": str(FAKE), "OMP_NUM_THREADS": "1"}
-    environment |= {f"FAKE_SGLANG_{name.upper()}": str(value) for name, value in faults.items()}
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=out,
-            env=environment,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, and no Python lock
-        )
+        words.append("--skip-tokenizer-init")
+    environment = {f"FAKE_SGLANG_{name.upper()}": str(value) for name, value in faults.items()}
+    process = multiprocessing.get_context("fork").Process(
+        target=_serve, args=(words, environment, log)
+    )
+    process.start()
     key = options[options.index("--api-key") + 1] if "--api-key" in options else None
     server = Fake(f"http://127.0.0.1:{port}", process, log, key)
     try:
@@ -90,15 +87,23 @@ def fake_server(model: Path, log: Path, *options: str, **faults: Any) -> Iterato
         server.kill()
 
 
-def _die_with_parent() -> None:
+def _serve(words: list[str], environment: dict[str, str], log: Path) -> None:
+    """What `python -m sglang.launch_server WORDS` does, without its seconds of imports."""
+    gc.freeze()  # else its collector walks through, and so copies, all that the parent holds
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with log.open("wb") as out:
+        for descriptor in (1, 2):
+            os.dup2(out.fileno(), descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    os.environ.update(environment)
+    sys.path.insert(0, str(FAKE))
+    sys.argv = ["launch_server.py", *words]
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
 
-def _wait_until_ready(
-    server: Fake, process: subprocess.Popen[bytes], timeout_s: float = 60
-) -> None:
+def _wait_until_ready(server: Fake, process: BaseProcess, timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.is_alive() and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             if server.ask("/ready")[0] == 200:
                 return

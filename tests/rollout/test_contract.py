@@ -16,16 +16,27 @@ import torch
 from megatron_bupo.errors import InputError
 from megatron_bupo.rollout.weights import WholeWeights
 from megatron_bupo.types import Prompt
-from tests.rollout.contract import LONG, PROMPTS, SAMPLING, Bench, bench_of, make_model, on
+from tests.rollout.contract import (
+    LONG,
+    PROMPTS,
+    SAMPLING,
+    SLOWLY_S,
+    Bench,
+    bench_of,
+    make_model,
+    on,
+)
 from tests.rollout.fake import fake_server
 from tests.sglang.real import sglang_settings
+from tests.tiers import WIDE
 
-REAL = pytest.param(
-    "two real servers", marks=[pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
+REAL = pytest.param("two real servers", marks=[pytest.mark.real, pytest.mark.timeout(900)])
+
+
+@pytest.fixture(
+    scope="module", params=["embedded", pytest.param("a server", marks=WIDE), "two servers", REAL]
 )
-
-
-@pytest.fixture(scope="module", params=["embedded", "a server", "two servers", REAL])
 def bench(
     request: pytest.FixtureRequest,
     tiny_model_dir: Callable[..., Path],
@@ -52,10 +63,9 @@ def bench(
 def slowly(bench: Bench) -> Iterator[None]:
     """Responses take a while, where it is in our hand."""
     for fake in bench.fakes:
-        fake.have(seconds_per_token=0.01)
+        fake.have(seconds_per_token=SLOWLY_S)
     yield
-    for fake in bench.fakes:
-        fake.have(seconds_per_token=0)
+    bench.hurry()
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8)])
@@ -118,6 +128,7 @@ def test_weights_that_change_under_way_show_in_every_response(bench: Bench, slow
         pending = bench.engine.begin(PROMPTS, sampling)
         bench.until_running(0.05 * 2**attempt)
         bench.learn()
+        bench.hurry()
         groups = pending.collect()
         bench.check(groups, sampling, oldest=before)
         spans = [rollout.versions for group in groups for rollout in group.rollouts]
@@ -132,6 +143,7 @@ def test_nothing_is_sampled_in_a_pause_and_nothing_lost(bench: Bench, slowly: No
     with bench.engine.pause():
         for fake in bench.fakes:
             assert not fake.ask("/v1/loads")[1]["loads"][0]["num_running_reqs"]
+    bench.hurry()
     bench.check(pending.collect(), LONG, oldest=bench.version)
 
 
@@ -158,4 +170,4 @@ def test_weights_of_another_model_are_an_error_that_names_them(
     wrong: Any = {name: torch.ones(shape)}
     with pytest.raises((KeyError, ValueError), match=name):
         bench.engine.load_weights(WholeWeights(wrong), version=bench.version + 1)
-    assert all(fake.process and fake.process.poll() is None for fake in bench.fakes)
+    assert all(fake.process and fake.process.is_alive() for fake in bench.fakes)

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron_bupo.config import load_config
 from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
 from megatron_bupo.rollout.processes import ServerProcess, arguments
+from tests.moments import until
 from tests.runs import fork
 
 # A server's family: itself, a child of its own session, and that one's child. Each leaves a file.
@@ -38,7 +39,7 @@ note()
 print("listening\\n\\nat last", flush=True)
 if "END" in os.environ:
     sys.exit(int(os.environ["END"]))
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -76,13 +77,6 @@ def family(folder: Path) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             pass
     return found
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def up(folder: Path) -> bool:
@@ -126,7 +120,7 @@ def test_servers_end_with_a_trainer_that_is_killed(folder: Path, waits: str):
     def train() -> int:
         server_of(folder).start()
         (folder / "started").touch()
-        time.sleep(60)
+        time.sleep(600)
         return 0
 
     trainer = fork(train)

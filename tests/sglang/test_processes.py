@@ -45,4 +45,4 @@ def test_a_real_server_ends_with_a_killed_trainer_while_it_starts(
     until(started.exists)
     family = [psutil.Process(int(pid)) for pid in started.read_text().split()]
     trainer.kill()
-    until(lambda: not any(process.is_running() for process in family), 5)
+    until(lambda: not any(process.is_running() for process in family))

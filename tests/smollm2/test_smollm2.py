@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct, a model that people use: made offline, converted, computed, trained.
+"""SmolLM2-135M-Instruct, a model that people use: made offline, converted, computed, and, by
+`make test-wide`, trained.
 
 It has 9 heads in 3 groups, so for TP2 the tests take the form with a fourth group of zeros, which
 computes the same, bit for bit.
@@ -73,6 +74,7 @@ def convert(*words: object) -> Done:
     return done
 
 
+@pytest.mark.wide
 def test_it_speaks_and_the_padded_form_says_the_same(model: Path, padded: Path):
     from transformers import AutoTokenizer
 
@@ -107,6 +109,7 @@ def test_tp2_pp2_computes_what_transformers_does_and_it_comes_back_bit_equal(
         assert (folder / "back" / file).read_bytes() == (padded / file).read_bytes(), file
 
 
+@pytest.mark.wide
 def test_bupo_trains_it_from_below(model: Path, folder: Path):
     """A step of the internal policy of layer 20, then one of the full policy."""
     rows = [
