@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
+from types import FrameType
 
 from megatron_bupo.config import expand, load_config
 from megatron_bupo.config.checks import check
@@ -18,6 +22,7 @@ from megatron_bupo.launch.cluster import SHARED, Cluster, load_cluster
 from megatron_bupo.launch.folder import cancelled_file, launch_dir, node_file
 from megatron_bupo.launch.logs import last_error
 from megatron_bupo.launch.placement import SERVERS, Launch, Role, roles, working_tree
+from megatron_bupo.stopping import SIGNALS
 
 HANDED_OVER_S = 120.0  # for a detached process to have begun
 
@@ -129,6 +134,7 @@ def _on_this_machine(launch: Launch, parts: list[Role], *, detach: bool) -> None
         node_file(run_dir).unlink(missing_ok=True)
         with nemo.submitted(launch, parts, wait=True) as submitted:
             record.write(run_dir, record.Launched.of(launch, parts, submitted))
+            _hand_on_signals(run_dir)
         _ended(jobs.exit_code(run_dir), run_dir)
         return
     launch_dir(run_dir).mkdir(parents=True, exist_ok=True)
@@ -150,12 +156,32 @@ def _on_this_machine(launch: Launch, parts: list[Role], *, detach: bool) -> None
     print(f"ask by: megatron-bupo status|logs|cancel {_shown(launch)}")
 
 
+def _hand_on_signals(run_dir: Path) -> None:
+    """From now on who ends this process asks the run to save and end, and who insists ends it: the
+    run is in a session of its own, where no terminal's Ctrl-C arrives.
+    """
+    asked: list[int] = []
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        Thread(target=_end, args=(run_dir, bool(asked)), daemon=True).start()
+        asked.append(number)
+
+    for number in (signal.SIGINT, *SIGNALS):
+        signal.signal(number, hand_on)
+
+
+def _end(run_dir: Path, now: bool) -> None:
+    """End the run; one that was started just now is waited for."""
+    deadline = time.monotonic() + HANDED_OVER_S
+    while not jobs.end(run_dir, now=now) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def _shown(launch: Launch) -> str:
-    """What it is asked for by."""
+    """What it is asked for by, as a word of a shell."""
     home = launch.home
-    return str(
-        home.relative_to(launch.directory) if home.is_relative_to(launch.directory) else home
-    )
+    near = home.is_relative_to(launch.directory)
+    return shlex.quote(str(home.relative_to(launch.directory) if near else home))
 
 
 def _follow(launch: Launch, launched: record.Launched) -> None:
@@ -184,4 +210,4 @@ def _ended(code: int | None, run_dir: Path, why: str | None = None) -> None:
         raise preempted
     how = "was killed" if code is None else f"ended with code {code}"
     how += f": {why}" if why is not None and code is not None else ""
-    raise RunStopped(f"the run {how}; see: megatron-bupo logs {run_dir}")
+    raise RunStopped(f"the run {how}; see: megatron-bupo logs {shlex.quote(str(run_dir))}")

@@ -15,9 +15,9 @@ from megatron_bupo.doctor.findings import OK, PROBLEM, WARNING, Finding, of_erro
 from megatron_bupo.errors import InputError
 from megatron_bupo.planner.counts import all_parameters
 from megatron_bupo.planner.known_models import models_of
+from megatron_bupo.record.transfer import in_bytes
 
 AREA = "disk"
-GIB = 2**30
 TRIED = 2**20  # bytes
 
 
@@ -44,7 +44,7 @@ def disk(config: Config) -> Iterator[Finding]:
     try:
         one = checkpoint_bytes(config)
     except InputError:  # the recipe's findings tell of it
-        yield Finding(AREA, OK, f"{free / GIB:.1f} GiB free at {standing}")
+        yield Finding(AREA, OK, f"{in_bytes(free)} free at {standing}")
         return
     yield _room(config, standing, free=free, one=one, there=len(whole))
 
@@ -61,14 +61,14 @@ def _refusal(folder: Path) -> str | None:
     return None
 
 
-def _room(config: Config, at: Path, *, free: float, one: float, there: int) -> Finding:
+def _room(config: Config, at: Path, *, free: int, one: int, there: int) -> Finding:
     """A new checkpoint is written before the oldest goes."""
     new = max(1, config.checkpoint.keep + 1 - there)
-    export = one * _exported_share(config) if config.checkpoint.export_hf else 0.0
+    export = int(one * _exported_share(config)) if config.checkpoint.export_hf else 0
     needed = new * one + export
     said = (
-        f"{free / GIB:.1f} GiB free at {at}, {needed / GIB:.1f} needed: {new} checkpoints of "
-        f"{one / GIB:.1f}" + (f" and the export of {export / GIB:.1f}" if export else "")
+        f"{in_bytes(free)} free at {at}, {in_bytes(needed)} needed: {new} checkpoints of "
+        f"{in_bytes(one)}" + (f" and the export of {in_bytes(export)}" if export else "")
     )
     way_out = "choose a run_dir with more room, or lower checkpoint.keep"
     if free < one:
@@ -78,7 +78,7 @@ def _room(config: Config, at: Path, *, free: float, one: float, there: int) -> F
     return Finding(AREA, OK, said)
 
 
-def checkpoint_bytes(config: Config) -> float:
+def checkpoint_bytes(config: Config) -> int:
     """Of one: weights, and what the optimizer steps with; the critic's too."""
     policy, critic, _ = models_of(config)
     number = 2 + 12 if config.model.dtype == "bfloat16" else 4 + 8

@@ -22,6 +22,7 @@ from megatron_bupo.launch.folder import cancelled_file, launch_dir, node_file
 from megatron_bupo.launch.record import Launched
 
 OVER = "over"
+NODE = "megatron_bupo.launch.node"
 PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
 ENDED = ("COMPLETED", "COMPLETING", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL",
          "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE", "SUCCEEDED", "STOPPED", "DELETED",
@@ -73,8 +74,7 @@ def cancel(launched: Launched, run_dir: Path, *, now: bool) -> str:
         words = ["scancel", *(["--signal=USR2"] if gently else []), launched.job]
         _asked(launched, *words)
         return "asked to save and end" if gently else "cancelled"
-    if launched.kind == "local" and (pid := _process(run_dir)):
-        os.kill(pid, signal.SIGKILL if now else signal.SIGTERM)
+    if launched.kind == "local" and end(run_dir, now=now):
         return "killed" if now else "asked to save and end"
     if launched.kind in IN_CONTAINERS:
         remote.cancel(_executor(launched, run_dir), launched.job)
@@ -83,6 +83,14 @@ def cancel(launched: Launched, run_dir: Path, *, now: bool) -> str:
     for job in experiment.jobs:
         experiment.cancel(job.id)
     return "cancelled"
+
+
+def end(run_dir: Path, *, now: bool) -> bool:
+    """End the process of a local launch, unless `now` when it has saved; was there one?"""
+    pid = _process(run_dir)
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL if now else signal.SIGTERM)
+    return pid is not None
 
 
 def lines(launched: Launched, run_dir: Path, *, last: int | None) -> Iterator[str]:
@@ -147,14 +155,18 @@ def exit_code(run_dir: Path) -> int | None:
 
 
 def _process(run_dir: Path) -> int | None:
-    """The process of the only node of a local launch, if it is alive."""
-    pid = _node(run_dir).get("pid")
+    """The process of the only node of a local launch, if it is alive. One that has begun later than
+    its id was written down, as after a reboot, is another.
+    """
+    import psutil
+
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+        process = psutil.Process(_node(run_dir).get("pid") or 0)
+        ours = process.create_time() <= node_file(run_dir).stat().st_mtime
+        alive = process.status() != psutil.STATUS_ZOMBIE
+        return process.pid if ours and alive and NODE in process.cmdline() else None
+    except (OSError, psutil.Error):
         return None
-    return pid if b"megatron_bupo" in words and ") Z " not in status else None
 
 
 def _node(run_dir: Path) -> dict[str, int | None]:

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron_bupo.launch.node")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--processes", type=int, required=True)
-    parser.add_argument("--port", type=int, default=29500)
+    parser.add_argument("--port", type=int, default=29500, help="of several nodes")
     parser.add_argument("--grace", type=int, default=120, help="seconds")
     parser.add_argument("--servers", type=int, default=0, help="on other nodes, to wait for")
     parser.add_argument("--beside", type=int, default=0, help="servers on these nodes, in all")
@@ -81,9 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _free_port() -> int:
+    """Of this machine, where several runs may be at work."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 def _torchrun(args: argparse.Namespace, run_dir: Path, settings: Sequence[str]) -> int:
     """Run the ranks of this node, with a log of each; the exit code that says most."""
-    from torch.distributed import run
+    from torch.distributed import DistNetworkError, run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -93,7 +100,8 @@ def _torchrun(args: argparse.Namespace, run_dir: Path, settings: Sequence[str]) 
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(args.grace)  # torch < 2.9: 30 s, always
     words = ["--nnodes", str(args.nodes), "--nproc-per-node", str(args.processes)]
     words += ["--node-rank", str(rank), "--master-addr", first_node() or "127.0.0.1"]
-    words += ["--master-port", str(args.port), "--max-restarts", "0"]
+    port = args.port if args.nodes > 1 else _free_port()
+    words += ["--master-port", str(port), "--max-restarts", "0"]
     words += ["--log-dir", str(logs), "--tee", "3"]
     began = time.monotonic()
     if signal.SIGUSR2 in signal.sigpending():  # a warning before there was a rank to hear it
@@ -103,6 +111,11 @@ def _torchrun(args: argparse.Namespace, run_dir: Path, settings: Sequence[str]) 
     except ChildFailedError as failed:
         codes = {failure.exitcode for failure in failed.failures.values()}
         code = next((code for code in (TRY_AGAIN, BAD_INPUT) if code in codes), 1)
+    except DistNetworkError as error:
+        at = f"port={args.port} of {first_node()}"
+        said = InputError(at, str(error).splitlines()[0], "choose another in the cluster's file")
+        print(f"error: {said}", file=sys.stderr)
+        code = BAD_INPUT
     except SignalException as caught:  # its ranks were told, and have ended
         code = TRY_AGAIN if caught.sigval == signal.SIGTERM else 128 + int(caught.sigval)
     else:
