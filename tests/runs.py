@@ -306,6 +306,7 @@ class Bed:
 
 def make_bed(folder: Path) -> Bed:
     """A base model that has hardly learnt anything: made in a second, and its responses vary."""
+    _import_heavy()  # before a test has changed where modules are found
     from megatron_bupo.bed import base_model, chain_sums
 
     base_model.save_base_model(folder / "model", steps=10)

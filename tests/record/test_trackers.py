@@ -18,14 +18,9 @@ from megatron_bupo.record.tracker_process import FINISHED, Asked
 from megatron_bupo.record.trackers import TrackerProcess
 from tests.moments import until
 from tests.record.runs import records, write
-from tests.runs import ROOT, Bed, make_bed, metrics, run, without_times
+from tests.runs import ROOT, Bed, metrics, run, without_times
 
 FAKES = ROOT / "tests" / "fake_trackers"
-
-
-@pytest.fixture(scope="module")
-def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
-    return make_bed(tmp_path_factory.mktemp("bed"))
 
 
 @pytest.fixture
