@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import signal
 import subprocess
@@ -24,14 +25,15 @@ from megatron_bupo.launch.logs import last_error
 from megatron_bupo.launch.placement import SERVERS, Launch, Role, roles, working_tree
 from megatron_bupo.stopping import SIGNALS
 
+_PLAIN = re.compile(r"[\w./+=@:,-]+")
 HANDED_OVER_S = 120.0  # for a detached process to have begun
 
 
 def run(args: Namespace) -> None:
     """Check all that can be checked here, then hand the job over and perhaps follow it."""
     cluster = load_cluster(args.on)
-    secrets.refuse_in_overrides(args.overrides)
     config = load_config(args.recipe, args.overrides)
+    secrets.refuse_in_overrides(args.overrides)
     launch = Launch(
         recipe=_recipe(args.recipe, cluster),
         overrides=tuple(args.overrides),
@@ -78,6 +80,10 @@ def _check(launch: Launch, parts: list[Role]) -> None:
     if not cluster.in_place and not Path(expand(config.run_dir)).is_absolute():
         reason = "is relative to a directory that nodes lose with the job"
         raise InputError(f"run_dir={config.run_dir}", reason, "write its path on the cluster")
+    if cluster.kind == "slurm" and not _PLAIN.fullmatch(str(launch.home)):
+        reason = f"NeMo-Run writes {launch.home} into Slurm's script as it is, without quotes"
+        way_out = "choose a path of letters, digits and . _ - + = @ : , /"
+        raise InputError(f"run_dir={config.run_dir}", reason, way_out)
     if cluster.in_place and cluster.executor.get("container_image") is None:
         check(_seen_by_trainer(config, parts), parts[0].nodes * parts[0].processes)
 
