@@ -156,7 +156,8 @@ def _on_this_machine(launch: Launch, parts: list[Role], *, detach: bool) -> None
         )
     deadline = time.monotonic() + HANDED_OVER_S
     while not node_file(run_dir).exists():
-        if process.poll() is not None or time.monotonic() > deadline:
+        over = process.poll() is not None or time.monotonic() > deadline
+        if over and not node_file(run_dir).exists():  # a short run may just have come to its end
             raise RunStopped(f"it did not start; see {launch_dir(run_dir) / 'launch.log'}")
         time.sleep(0.1)
     print(f"ask by: megatron-bupo status|logs|cancel {_shown(launch)}")
