@@ -36,7 +36,7 @@ class RankError(Exception):
     """A rank raised or died; the message carries its traceback."""
 
 
-def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
     """`fn(*args)` on each of `world` gloo ranks; what each returned, in order of rank.
 
     The first rank that fails decides: its traceback is raised here as RankError, and the others,
@@ -105,7 +105,7 @@ def _work(
             init_method=f"file://{store}",
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=180),
         )
         # Pickled by value: multiprocessing would pass tensors as shared memory, which dies with us.
         answer = pickle.dumps((False, fn(*args)))

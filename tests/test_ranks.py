@@ -35,10 +35,10 @@ def test_the_rank_that_raised_is_named_though_another_waits_for_it():
             raise ValueError("the reason")
         dist.barrier()
 
-    start = time.monotonic()  # a collective that waits for nobody gives up after 60 s
+    start = time.monotonic()  # a collective that waits for nobody gives up after 180 s
     with pytest.raises(RankError, match=r"(?s)rank 1 failed.*ValueError: the reason"):
         run_ranks(2, fail)
-    assert time.monotonic() - start < 50
+    assert time.monotonic() - start < 120
 
 
 def test_a_rank_that_dies_is_named():

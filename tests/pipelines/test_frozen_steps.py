@@ -191,7 +191,7 @@ OVERLAPS: dict[str, dict[str, Any]] = {
 def test_exchanges_that_overlap_with_the_passes_change_no_bit(overlap: str, pp: int):
     plain = run_ranks(2 * pp, _after_a_switch, pp, {})
     small = {"bucket_size": 9000}  # less than a layer: there are buckets without a trained layer
-    found = run_ranks(2 * pp, _after_a_switch, pp, OVERLAPS[overlap] | small, timeout_s=60)
+    found = run_ranks(2 * pp, _after_a_switch, pp, OVERLAPS[overlap] | small)
     for ours, theirs in zip(found, plain, strict=True):
         assert {n for n, p in ours.items() if not torch.equal(p, theirs[n])} == set()
 
