@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real Slurm with two nodes, n1 and n2, on this machine: for tests. Needs root.
 #
-#   tools/slurm_here.sh install     Debian's slurm-wlm and munge
+#   tools/slurm_here.sh install     Debian's slurm-wlm and munge, and what reaches it by ssh
 #   tools/slurm_here.sh start DIR   all state and logs go to DIR; prints where its slurm.conf is
 #   tools/slurm_here.sh stop DIR    ends what `start` has started
 #
@@ -11,7 +11,8 @@ set -euo pipefail
 
 install() {
     apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge \
+        openssh-server rsync
 }
 
 start() {
