@@ -74,7 +74,12 @@ stop() {
     local dir=$1 pid
     for name in n1 n2 slurmctld munged; do
         pid=$(cat "$dir/$name.pid" 2>/dev/null) || continue
-        kill "$pid" 2>/dev/null || true
+        kill "$pid" 2>/dev/null || continue
+        for _ in $(seq 50); do # a slurmd waits for what runs on it, and keeps its port
+            kill -0 "$pid" 2>/dev/null || continue 2
+            sleep 0.2
+        done
+        kill -9 "$pid" 2>/dev/null || true
     done
 }
 
