@@ -26,6 +26,7 @@ from tests.moments import at_line, kill_launcher
 from tests.ranks import run_ranks
 from tests.runs import Bed
 
+pytestmark = pytest.mark.slow
 QUESTIONS, RESPONSES = 24, {"AIME24": 6, "own": 3}
 
 
@@ -117,7 +118,6 @@ def test_every_question_and_response_is_written_down_and_counted(whole: Path):
     assert "Avg" in (whole / "table.md").read_text().splitlines()[0]
 
 
-@pytest.mark.slow
 def test_neither_batches_nor_a_kill_change_the_results(
     bed: Bed, suite: Path, whole: Path, tmp_path: Path
 ):
@@ -260,7 +260,6 @@ def test_bad_input_is_one_line_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_training_evaluates_the_same_suite_to_the_bit(bed: Bed, suite: Path, tmp_path: Path):
     run_dir, out = tmp_path / "run", tmp_path / "out"
     recipe = tmp_path / "recipe.yaml"

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from megatron_bupo.config.schema import Config
     from megatron_bupo.mcore.trainer import MegatronTrainer
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 MODEL = {"family": "qwen3", "vocab": 67, "scale": 0.12}
 MOE = MODEL | {"family": "qwen3_moe"}
@@ -103,7 +103,6 @@ def _there_and_back(model_dir: Path, config: Config, run_dir: Path) -> list[Cour
             DIST_OPT,
             "float32",
             id="TP2 DP2 distributed optimizer, float32",
-            marks=pytest.mark.slow,
         ),
         pytest.param(
             4,
@@ -174,20 +173,19 @@ def _last_part(model_dir: Path, config: Config, run_dir: Path) -> list[Course]:
     return [_resumed(model_dir, config, run_dir, step) for step in SAVED]
 
 
-SLOW = [pytest.mark.slow]
 _ONE = (1, {})
 _TP2_PP2 = (4, {"tp": 2, "pp": 2, "sp": True})
 _TP2_DP2_DIST = (4, DIST_OPT)
 
 
-def _change(name: str, before: Any, after: Any, *, tied: bool = True, marks: Any = SLOW) -> Any:
+def _change(name: str, before: Any, after: Any, *, tied: bool = True, marks: Any = ()) -> Any:
     return pytest.param(before, after, tied, id=name, marks=marks)
 
 
 @pytest.mark.parametrize(
     ("before", "after", "tied"),
     [
-        _change("one rank to TP2 PP2 SP", _ONE, _TP2_PP2, marks=[]),
+        _change("one rank to TP2 PP2 SP", _ONE, _TP2_PP2),
         _change("one rank to TP2 PP2 SP, untied", _ONE, _TP2_PP2, tied=False, marks=WIDE),
         _change("PP4 to DP2, untied", (4, {"pp": 4}), (2, {"dp": 2}), tied=False),
         _change("VPP2 PP2 to one rank", (2, {"pp": 2, "vpp": 2}), _ONE),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from megatron_bupo.types import TokenBatch
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any], dict[str, Any]]] = {
     "one rank, qwen2 tied": (QWEN2 | TIED, 1, {}, {}),
@@ -157,7 +157,6 @@ def learn_by_heart(model_dir: Path, batch: TokenBatch) -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow
 def test_a_critic_begins_with_a_head_of_zeros_and_learns_what_is_to_be_learned(
     tiny_model_dir: Callable[..., Path],
 ):

@@ -23,6 +23,7 @@ from tests.mcore.actors import (
 from tests.ranks import run_ranks
 from tests.tiers import WIDE
 
+pytestmark = pytest.mark.slow
 BUCKET = 2000  # parameters: less than a layer
 INTERNAL = InternalLayerPolicy(1)
 UNTIED = {"family": "qwen3", "vocab": 67, "layers": 4}
@@ -84,9 +85,7 @@ def _trace(model_dir: Path, parallel: dict, lr_factors: dict, megatron: dict) ->
     [
         (TIED, {"dp": 2}, {}, OVERLAPPED_GRADS),
         (TIED, {"dp": 2, **DISTRIBUTED}, {"2": 0.0, "embedding": 0.0}, OVERLAPPED),
-        pytest.param(
-            TIED, {"dp": 2, "pp": 2, **DISTRIBUTED}, {}, OVERLAPPED, marks=pytest.mark.slow
-        ),
+        pytest.param(TIED, {"dp": 2, "pp": 2, **DISTRIBUTED}, {}, OVERLAPPED, marks=WIDE),
         pytest.param(
             UNTIED,
             {"dp": 2, "pp": 2, "vpp": 2, **DISTRIBUTED},
@@ -206,7 +205,6 @@ def _weights_after_a_restart(model_dir: Path, run_dir: Path) -> tuple[dict, dict
     return snapshot(trainer), snapshot(restarted)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_many_buckets_restores_every_shard(model_dir: Path, tmp_path: Path):
     """Where there is padding between them, as on the first stage here."""
     for expected, got in run_ranks(4, _weights_after_a_restart, model_dir, tmp_path):
