@@ -30,7 +30,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make demo       train a tiny reasoning model with BuPO on this machine: $(RUN_DIR)"
-	@echo "make test       every test, but for rare mixtures of layouts"
+	@echo "make test       every test, but for rare mixtures of layouts and the demo to its end"
 	@echo "make test-wide  those"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make test-sglang  the tests against real SGLang servers, on a CPU (1.9 GB to install)"
