@@ -1,11 +1,15 @@
 """Is a plan true? Real trainers on forked ranks, their memory counted, beside what was planned.
 
-    python tools/check_plan.py --json checked.json
+    python tools/check_plan.py > examples/checked_plan.md
 
 A random model trains one update under each layout on this machine's CPU. What its ranks hold is
 added up tensor by tensor: parameters, gradient buffers, optimizer states. What an update allocates
 beyond that at its peak is counted by torch's profiler, which sees every allocation. The plan is
 made with the rates of `--gpu CPU`, whose layers are torch's own modules, as they are here.
+
+"process" is the operating system's word: by how much a rank's resident set has grown at most, from
+before its model is built. It is asked of larger models alone, beside whose tensors an interpreter's
+own allocations are small.
 """
 
 from __future__ import annotations
@@ -15,54 +19,72 @@ import json
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the measuring is a module of its own
 
-from megatron_bupo.algorithm.bupo import FULL, InternalLayerPolicy
 from megatron_bupo.config import Config, load_config
 from megatron_bupo.config.layout import parallel_sizes
 from megatron_bupo.hf.architecture import read_architecture
 from megatron_bupo.launch.local import run_ranks
-from megatron_bupo.mcore import parallel
-from megatron_bupo.mcore.phase_actor import plan_actor
-from megatron_bupo.mcore.trainer import MegatronTrainer
 from megatron_bupo.planner.counts import stage_parameters
 from megatron_bupo.planner.hardware import read_hardware
 from megatron_bupo.planner.memory import Actor, passes, static_bytes
 from megatron_bupo.planner.workload import workload_of
-from megatron_bupo.types import TokenBatch
-from tools.phase_cost import peak_of
+from tools.rank_memory import CATEGORIES, PROCESS, PROMPT, RESPONSE, RESPONSES, measure
 
+HEAD = """\
+# Plans beside the memory of real ranks
+
+Written by `python tools/check_plan.py > examples/checked_plan.md`: planned / measured, in MB.
+Random Qwen3 models of 4 layers train an update in gloo ranks on a CPU; of a pipeline stage's ranks
+the fullest is shown. "passes" is the most that an update allocates beside what is held for good;
+"process", of the larger models, how far the resident set of a rank's process grew. The layers are
+torch's own modules, as everywhere on a CPU: those of Transformer Engine have not been measured.
+"""
 TOLERATED = 0.10  # of what is measured
 RECOMPUTE = (
     "megatron.recompute_granularity=full",
     "megatron.recompute_method=uniform",
     "megatron.recompute_num_layers=1",
 )
+BLOCK = (RECOMPUTE[0], "megatron.recompute_method=block", "megatron.recompute_num_layers=2")
+SELECTIVE = ("megatron.recompute_granularity=selective",)
+INTERNAL = ("bupo.target_layer=2", "bupo.internal_steps=1")
+LARGE = ("trainer.max_tokens_per_microbatch=2048", "trainer.logprob_chunk_tokens=512")
 SHARDED = "parallel.distributed_optimizer=true"
 CASES: dict[str, tuple[str, ...]] = {
     "one rank": (),
     "one rank, bf16": ("model.dtype=bfloat16",),
     "recompute": RECOMPUTE,
-    "internal layer 2": ("bupo.target_layer=2", "bupo.internal_steps=1"),
+    "recompute, 2 layers at a time": (*RECOMPUTE[:2], "megatron.recompute_num_layers=2"),
+    "recompute, a block of 2": BLOCK,
+    "recompute core_attn": SELECTIVE,
+    "recompute MLPs": (*SELECTIVE, "megatron.recompute_modules=[mlp]"),
+    "internal layer 2": INTERNAL,
+    "internal layer 2, own layout": (*INTERNAL, "parallel.pp=2", "bupo.internal_layout.tp=2"),
+    "tp 2": ("parallel.tp=2",),
     "tp 2, sp": ("parallel.tp=2", "parallel.sp=true"),
+    "cp 2": ("parallel.cp=2",),
     "pp 2": ("parallel.pp=2",),
+    "pp 2, vpp 2": ("parallel.pp=2", "parallel.vpp=2"),
     "pp 2, recompute": ("parallel.pp=2", *RECOMPUTE),
+    "pp 2, tied": ("parallel.pp=2",),
+    "tp 2 x pp 2, sp": ("parallel.tp=2", "parallel.pp=2", "parallel.sp=true"),
     "dp 2, sharded": ("parallel.dp=2", SHARDED),
     "dp 2, sharded, bf16": ("parallel.dp=2", SHARDED, "model.dtype=bfloat16"),
     "experts, one rank": (),
+    "experts, ep 2": ("parallel.dp=2", "parallel.ep=2"),
     "experts, ep 2, sharded": ("parallel.dp=2", "parallel.ep=2", SHARDED),
+    "experts, tp 2, ep 2": ("parallel.tp=2", "parallel.sp=true", "parallel.ep=2", "parallel.etp=1"),
+    "large": LARGE,
+    "large, tp 2 x pp 2, sp": (*LARGE, "parallel.tp=2", "parallel.pp=2", "parallel.sp=true"),
+    "large, dp 2, sharded, bf16": (*LARGE, "parallel.dp=2", SHARDED, "model.dtype=bfloat16"),
 }
-RESPONSES, PROMPT, RESPONSE = 8, 64, 192  # tokens of each, all of full length
 SETTINGS = (
     "data.train=none",
     f"data.max_prompt_tokens={PROMPT}",
@@ -73,7 +95,6 @@ SETTINGS = (
     "trainer.max_tokens_per_microbatch=512",
     "trainer.logprob_chunk_tokens=128",
 )
-CATEGORIES = ("weights", "gradients", "optimizer", "passes")
 
 
 @dataclass(frozen=True)
@@ -102,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name in args.only or CASES:
             found += check_case(name, Path(folder))
-    show(found, Console(width=None if sys.stdout.isatty() else 130))
+    print("\n".join(page(found)))
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")
     return int(any(abs(row.off) > TOLERATED for row in found))
@@ -110,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_case(name: str, folder: Path) -> list[Checked]:
     """The layout `name` of `CASES`, measured and planned."""
-    model = write_model(folder, experts=name.startswith("experts"))
+    model = write_model(folder, name)
     config = load_config(None, [f"model.path={model}", *SETTINGS, *CASES[name]])
     layout = parallel_sizes(config, None)
     out = folder / f"{name}.json"
@@ -123,18 +144,23 @@ def check_case(name: str, folder: Path) -> list[Checked]:
     if process.exitcode:
         raise SystemExit(f"{name}: see above")
     measured = json.loads(out.read_text())
-    return [
+    rows = [
         Checked(name, stage, category, planned, measured[stage][category])
         for stage, plan in enumerate(planned_bytes(config))
         for category, planned in zip(CATEGORIES, plan, strict=True)
     ]
+    if name.startswith("large"):
+        rows += [
+            Checked(name, stage, PROCESS, sum(plan), measured[stage][PROCESS])
+            for stage, plan in enumerate(planned_bytes(config))
+        ]
+    return rows
 
 
 def planned_bytes(config: Config) -> list[tuple[float, ...]]:
     """For each stage, by category."""
     hardware, work = read_hardware("CPU"), workload_of(config)
-    actor = Actor(read_architecture(config.model.path), config, parallel_sizes(config, None))
-    depth = next((layer for layer, _ in config.bupo.phases()), actor.arch.layers)
+    actor, depth = actor_of(config)
     found = []
     for stage in actor.stages:
         static = static_bytes(stage_parameters(actor.arch, stage, actor.layout), actor)
@@ -143,110 +169,64 @@ def planned_bytes(config: Config) -> list[tuple[float, ...]]:
     return found
 
 
-def measure(config: Config, out: Path) -> None:
-    """On each rank: train an update; the largest of each stage's ranks go to `out`."""
-    policy = next((InternalLayerPolicy(n) for n, _ in config.bupo.phases()), FULL)
-    arch = read_architecture(config.model.path)
-    plan = plan_actor(FULL, arch, config, parallel_sizes(config, None).world)
-    with parallel.joined(plan.layout, seed=0):
-        trainer, batch = plan.build(), random_batch(arch.vocab_size)
-        peaks: list[float] = []
-        run: Any = trainer._run
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            result, peak = peak_of(lambda: run(*args, **kwargs))
-            peaks.append(peak)
-            return result
-
-        for attempt in range(2):  # the first one makes what stays
-            if attempt:
-                trainer._run = counted  # type: ignore[method-assign]
-            old, _ = trainer.logprobs(batch, policy)
-            peaks.clear()
-            trainer.update(batch.with_old_logprobs(old), policy, lr=1e-6)
-        trainer._run = run  # type: ignore[method-assign]
-        mine = held_bytes(trainer) | {"passes": peaks[-1]}
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        if dist.get_rank() == 0:
-            stages = [
-                [everyone[r] for r in plan.layout.stage_ranks(s)] for s in range(plan.layout.pp)
-            ]
-            worst = [{c: max(rank[c] for rank in ranks) for c in CATEGORIES} for ranks in stages]
-            out.write_text(json.dumps(worst))
+def actor_of(config: Config) -> tuple[Actor, int]:
+    """Who trains in the first phase, and to which depth."""
+    whole = Actor(read_architecture(config.model.path), config, parallel_sizes(config, None))
+    depth = next((layer for layer, _ in config.bupo.phases()), whole.arch.layers)
+    return whole.of_phase(depth), depth
 
 
-def held_bytes(trainer: MegatronTrainer) -> dict[str, float]:
-    """What this rank holds for good, each storage once, by category."""
-    seen: set[int] = set()
-
-    def bytes_of(tensors: list[Any]) -> float:
-        total = 0
-        for tensor in tensors:
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                total += storage.nbytes()
-        return total
-
-    weights = bytes_of([p for chunk in trainer.wrapped for p in chunk.parameters()])
-    buffers = [b for c in trainer.wrapped for b in (*c.buffers, *c.expert_parallel_buffers)]
-    gradients = bytes_of([buffer.grad_data for buffer in buffers])
-    optimizer = 0.0
-    for inner in trainer.optimizer._unit_of:
-        stepped = [p for group in inner.param_groups for p in group["params"]]
-        optimizer += bytes_of([t for p in stepped for t in (p, *inner.state[p].values())])
-    return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
-
-
-def write_model(folder: Path, *, experts: bool) -> Path:
-    """A random Qwen3 whose layers are large beside the bookkeeping of tensors."""
+def write_model(folder: Path, case: str) -> Path:
+    """A random Qwen3 for a case, whose layers are large beside the bookkeeping of tensors."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    path = folder / ("experts" if experts else "dense")
+    experts, tied, large = (
+        case.startswith("experts"),
+        case.endswith("tied"),
+        case.startswith("large"),
+    )
+    path = folder / f"experts_{experts}_tied_{tied}_large_{large}"
     if path.exists():
         return path
     logging.disable_progress_bar()
     torch.manual_seed(0)
     more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    size = 4 if large else 1
     config = AutoConfig.for_model(
         "qwen3_moe" if experts else "qwen3",
-        vocab_size=2048,
-        hidden_size=128,
-        intermediate_size=384,
+        vocab_size=2048 * size,
+        hidden_size=128 * size,
+        intermediate_size=384 * size,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=4 * size,
+        num_key_value_heads=2 * size,
         head_dim=32,
         max_position_embeddings=512,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         **(more if experts else {}),
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path
 
 
-def random_batch(vocabulary: int) -> TokenBatch:
-    """Responses of full length."""
-    tokens = PROMPT + RESPONSE
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (RESPONSES, tokens), generator=generator)
-    mask = (torch.arange(tokens) >= PROMPT).expand_as(ids)
-    advantages = torch.randn(RESPONSES, 1, generator=generator) * mask
-    return TokenBatch(ids, mask, torch.zeros(ids.shape), advantages)
-
-
-def show(found: Sequence[Checked], console: Console) -> None:
-    """Planned against measured."""
-    table = Table("layout", "stage", title="planned / measured, MB")
-    for category in CATEGORIES:
-        table.add_column(category, justify="right", no_wrap=True)
+def page(found: Sequence[Checked]) -> Iterator[str]:
+    """Planned against measured, in Markdown."""
+    yield HEAD
+    columns = [c for c in (*CATEGORIES, PROCESS) if any(row.category == c for row in found)]
+    yield f"| case | stage | {' | '.join(columns)} |"
+    yield f"|---|---:|{'---:|' * len(columns)}"
     for case, stage in dict.fromkeys((row.case, row.stage) for row in found):
-        rows = [row for row in found if (row.case, row.stage) == (case, stage)]
-        cells = (f"{r.planned / 1e6:.2f} / {r.measured / 1e6:.2f} ({r.off:+.1%})" for r in rows)
-        table.add_row(case, str(stage), *cells)
-    console.print(table)
+        rows = {row.category: row for row in found if (row.case, row.stage) == (case, stage)}
+        cells = (in_words(rows[name]) if name in rows else "" for name in columns)
+        yield f"| {case} | {stage} | {' | '.join(cells)} |"
+    worst = max(found, key=lambda row: abs(row.off))
+    yield f"\nFarthest off: {worst.category} of {worst.case!r}, {worst.off:+.1%}."
+
+
+def in_words(row: Checked) -> str:
+    """A cell."""
+    return f"{row.planned / 1e6:.2f} / {row.measured / 1e6:.2f} ({row.off:+.1%})"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
@@ -15,16 +16,15 @@ from megatron_bupo.config.checks import check, check_against_model
 from megatron_bupo.config.schema import AUTO
 from megatron_bupo.errors import InputError
 from megatron_bupo.hf.architecture import Architecture
+from megatron_bupo.planner.changes import as_settings, what_differs
 from megatron_bupo.planner.hardware import Hardware, read_hardware
 from megatron_bupo.planner.known_models import models_of
 from megatron_bupo.planner.plan import Plan, Recipe, make_plan, world_of
 from megatron_bupo.planner.propose import (
-    as_settings,
     enough_gpus,
     internal_layout,
     proposals,
     smallest_change,
-    what_differs,
 )
 from megatron_bupo.planner.report import Answer, as_json, show
 from megatron_bupo.planner.serving import server_gpus
@@ -42,7 +42,7 @@ def run(args: Namespace) -> None:
     answer = Answer(
         plan,
         notes,
-        proposals(recipe, hardware, plan.gpus)[: args.propose] if args.propose else [],
+        list(islice(proposals(recipe, hardware, plan.gpus), args.propose)),
         internal_layout(recipe, hardware, plan.gpus) if args.propose else None,
     )
     if args.json == "-":

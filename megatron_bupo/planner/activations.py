@@ -23,10 +23,11 @@ from megatron_bupo.config.schema import Config
 from megatron_bupo.errors import InputError
 from megatron_bupo.hf.architecture import Architecture
 from megatron_bupo.hf.experts import Experts
-from megatron_bupo.planner.counts import Stage, attention_sizes, has_experts
+from megatron_bupo.planner.counts import Stage, alike, attention_sizes, has_experts
 
 FULL, SELECTIVE = "full", "selective"
 GRANULARITY, METHOD = "recompute_granularity", "recompute_method"
+PIECE = 2**22  # numbers that reading out copies at a time, as mcore/logprobs.py has it
 NUMBER, MODULES = "recompute_num_layers", "recompute_modules"
 
 
@@ -65,10 +66,11 @@ class Recompute:
             return layers - again, again
         return 0, -(-layers // self.layers)
 
-    @property
-    def at_once(self) -> int:
-        """Layers that are computed again at a time."""
-        return (1 if self.block else self.layers) if self.granularity == FULL else 0
+    def at_once(self, layers: int) -> int:
+        """Of `layers` of a chunk: whole ones that are computed again at a time."""
+        if self.granularity != FULL:
+            return 0
+        return min(1 if self.block else self.layers, layers)
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,15 @@ class TokenBytes:
 
     def layer(self, layer: int) -> float:
         """What `layer` saves."""
-        norms = self.hidden * self._norm_copies
         recompute = Recompute.of(self.config.megatron)
-        again = recompute.modules if recompute.granularity == SELECTIVE else ()
+        return self._saved(layer, recompute.modules if recompute.granularity == SELECTIVE else ())
+
+    def computed_again(self, layer: int) -> float:
+        """What modules of `layer` did not save, and have when the backward pass is there."""
+        return self._saved(layer, ()) - self.layer(layer)
+
+    def _saved(self, layer: int, again: tuple[str, ...]) -> float:
+        norms = self.hidden * self._norm_copies
         if "layernorm" in again:
             norms /= 2
         attention = self._attention(recomputed="core_attn" in again)
@@ -173,21 +181,25 @@ def stage_activations(
     layer uses beside them.
     """
     recompute = Recompute.of(per_token.config.megatron)
-    saved = 0.0
-    layers: list[int] = []
+    saved = most = 0.0
     for chunk in stage.chunks:
         run = [layer for layer in chunk if layer <= depth]
-        layers += run
+        if not run:
+            continue
         kept, inputs = recompute.kept_and_again(len(run))
-        saved += inputs * per_token.hidden
-        saved += sum(per_token.layer(layer) for layer in run[len(run) - kept :])
+        kinds = alike(per_token.arch, run)
+        of_kept = sum(
+            number * per_token.layer(layer)
+            for layer, number in alike(per_token.arch, run[len(run) - kept :])
+        )
+        saved += inputs * per_token.hidden + of_kept
+        # Layers that keep all are above the others, and gone when those are computed again.
+        whole = max(per_token.layer(layer) for layer, _ in kinds)
+        again = max(recompute.at_once(len(run)) * whole - of_kept, 0.0)
+        again += max(per_token.computed_again(layer) for layer, _ in kinds)
+        most = max(most, again + max(per_token.transient(layer) for layer, _ in kinds))
     # what enters a stage and what it sends on
     saved += per_token.hidden * ((not stage.first) + (not stage.last))
-    most = 0.0
-    if layers:
-        most = max(per_token.transient(layer) for layer in layers)
-        again = max(per_token.layer(layer) for layer in layers)
-        most += again * min(recompute.at_once, len(layers))
     return tokens * saved * flights, tokens * most
 
 
@@ -205,5 +217,12 @@ def read_out_bytes(per_token: TokenBytes, *, tokens: float, response_share: floa
         return norm + picked
     chunk = min(per_token.config.trainer.logprob_chunk_tokens, rows)
     shard = -(-arch.vocab_size // per_token.layout.tp)
-    pieces = 2 * min(2**22, chunk * shard)
-    return norm + picked + 4 * (chunk * shard + pieces / 2)
+    copied = chunk * arch.hidden_size  # gradients of a chunk's rows
+    if per_token.config.algorithm.entropy_coefficient:
+        copied += min(PIECE, chunk * shard)
+    if b == 2:  # gradients of a slab of the logits, to be multiplied; a CPU does that in fp32
+        width = min(shard, PIECE / (max(chunk, arch.hidden_size) if per_token.plain else chunk))
+        copied += chunk * width / 2
+        if per_token.plain:
+            copied += chunk * width + arch.hidden_size * width
+    return norm + picked + 4 * (chunk * shard + copied)

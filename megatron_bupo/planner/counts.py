@@ -26,6 +26,10 @@ class Held:
     def __add__(self, other: Held) -> Held:
         return Held(self.dense + other.dense, self.experts + other.experts)
 
+    def times(self, number: int) -> Held:
+        """Of as many layers."""
+        return Held(self.dense * number, self.experts * number)
+
     @property
     def total(self) -> int:
         """Both."""
@@ -54,6 +58,15 @@ class Stage:
 def has_experts(arch: Architecture, layer: int) -> bool:
     """Does `layer` (from 1) have experts in the place of an MLP?"""
     return arch.experts is not None and layer in arch.experts.layers
+
+
+def alike(arch: Architecture, layers: Iterable[int]) -> list[tuple[int, int]]:
+    """One layer of each kind among `layers`, and how many there are."""
+    with_experts = set() if arch.experts is None else set(arch.experts.layers)
+    found: dict[bool, list[int]] = {}
+    for layer in layers:
+        found.setdefault(layer in with_experts, []).append(layer)
+    return [(same[0], len(same)) for same in found.values()]
 
 
 def attention_sizes(arch: Architecture, tp: int = 1) -> tuple[int, int]:
@@ -88,7 +101,9 @@ def stage_parameters(
 ) -> Held:
     """On each rank of `stage`; `layers`: with these of its layers alone."""
     chosen = stage.layers if layers is None else layers
-    held = sum((layer_parameters(arch, layer, layout) for layer in chosen), Held())
+    held = Held()
+    for layer, number in alike(arch, chosen):
+        held += layer_parameters(arch, layer, layout).times(number)
     table = vocabulary_parameters(arch, layout.tp)
     dense = table * stage.first
     if stage.last:
@@ -109,15 +124,43 @@ def all_parameters(arch: Architecture, layers: int | None = None) -> int:
 
 def layer_products(arch: Architecture, layer: int) -> int:
     """Multiplications that a token goes through in the matrices of `layer`."""
-    hidden = arch.hidden_size
     queries, keys = attention_sizes(arch)
-    attention = 2 * hidden * queries + 2 * hidden * keys
+    return 2 * arch.hidden_size * (queries + keys) + mlp_products(arch, layer)
+
+
+def all_products(arch: Architecture, depth: int) -> int:
+    """Those of the lowest `depth` layers."""
+    return sum(n * layer_products(arch, layer) for layer, n in alike(arch, range(1, depth + 1)))
+
+
+def mlp_products(arch: Architecture, layer: int) -> int:
+    """Those of its MLP, or of a token's experts and their choice."""
     experts = arch.experts
-    if experts is not None and has_experts(arch, layer):
-        return attention + hidden * (experts.number + 3 * experts.ffn_size * experts.per_token)
-    return attention + 3 * hidden * arch.ffn_size
+    if experts is None or not has_experts(arch, layer):
+        return 3 * arch.hidden_size * arch.ffn_size
+    return arch.hidden_size * (experts.number + 3 * experts.ffn_size * experts.per_token)
 
 
 def attention_products(arch: Architecture, context: float) -> float:
     """Multiplications that a token with `context` tokens before it costs in a layer's scores."""
     return 2 * attention_sizes(arch)[0] * context
+
+
+def moved_numbers(arch: Architecture, layer: int, layout: Layout, *, rows_share: int) -> float:
+    """Numbers that a token's way forward through `layer` reads and writes beside its products, on
+    each rank: `rows_share` ranks share what is as wide as the model.
+
+    Norms and residual additions read and write rows of hidden states, 10 times in all; rotary
+    angles read and write queries and keys twice, norms of heads once; an activation function reads
+    two rows of MLP channels and writes one. Tokens' copies for experts are written where they leave
+    and, from other ranks, where they arrive, are sorted there by expert and sorted back, and are
+    added up; each expert's channels are multiplied by a probability.
+    """
+    queries, keys = attention_sizes(arch, layout.tp)
+    moved = 10 * arch.hidden_size / rows_share + (4 + 2 * arch.qk_norm) * (queries + keys)
+    experts = arch.experts
+    if experts is None or not has_experts(arch, layer):
+        return moved + 3 * arch.ffn_size / layout.tp
+    passes = 2 if layout.ep == 1 else 6
+    of_copy = passes * arch.hidden_size / rows_share + 5 * experts.ffn_size / layout.tp
+    return moved + experts.per_token * of_copy

@@ -30,6 +30,7 @@ class Gpu:
     memory_gib: float
     bf16_tflops: float
     fp32_tflops: float
+    matmul: float  # the share of both that the best product reaches
     memory_tb_per_s: float
     link_gb_per_s: float
 
@@ -48,12 +49,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of peaks that are reached."""
+    """Shares of what is possible that are reached."""
 
     matmul: float
     attention: float
     memory: float
-    decode_matmul: float
     link: float
 
 
@@ -64,8 +64,10 @@ class Overhead:
     layer_ms: float
     decode_step_ms: float
     decode_layer_ms: float
+    decode_sequence_ms: float
     collective_ms: float
     sync_s: float
+    bucket_ms: float
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,20 @@ class Hardware:
         """Are layers made of plain torch's modules, as on a CPU? Else of Transformer Engine's."""
         return self.name == "CPU"
 
+    def products_per_s(self, dtype: str) -> float:
+        """Multiplications with their additions, in large matrices."""
+        best = self.gpu.flops_per_s(dtype) * self.gpu.matmul
+        return best * self.efficiency.matmul / 2
+
+    def scores_per_s(self, dtype: str) -> float:
+        """The same in attention."""
+        return self.products_per_s(dtype) * self.efficiency.attention / self.efficiency.matmul
+
+    @property
+    def memory_per_s(self) -> float:
+        """Bytes from and to the device's memory."""
+        return 1e12 * self.gpu.memory_tb_per_s * self.efficiency.memory
+
     def bytes_per_s(self, ranks: int) -> float:
         """What a collective over `ranks` neighbouring GPUs moves, per GPU."""
         inside = ranks <= self.node.gpus
@@ -108,7 +124,6 @@ class Hardware:
 
 
 SECTIONS = {"node": Node, "efficiency": Efficiency, "overhead": Overhead, "reserve": Reserve}
-SHARES = ("matmul", "attention", "memory", "decode_matmul", "link")
 MAY_BE_ZERO = (Overhead, Reserve)
 
 
@@ -148,7 +163,8 @@ def _section(file: Path, name: str, kind: Any, table: Mapping[str, Any]) -> Any:
     for key, value in found.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         least = 0 if kind in MAY_BE_ZERO else math.ulp(0.0)
-        most = 1.0 if key in SHARES and kind is Efficiency else math.inf
+        share = kind is Efficiency or (kind, key) == (Gpu, "matmul")
+        most = 1.0 if share else math.inf
         if not number or not least <= value <= most or value == math.inf:
             expected = "a share of 1" if most == 1 else "a number"
             raise InputError(f"{file}: {name}.{key}={value}", f"must be {expected} above 0")

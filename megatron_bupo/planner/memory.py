@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bupo.config.layout import Layout, layers_of_stages
+from megatron_bupo.config.internal_layout_rules import internal_config
+from megatron_bupo.config.layout import Layout, layers_of_stages, parallel_sizes
 from megatron_bupo.config.schema import Config
 from megatron_bupo.hf.architecture import Architecture
 from megatron_bupo.planner.activations import (
@@ -54,6 +55,13 @@ class Actor:
             Stage(number, tuple(chunks), number == 0, number == last)
             for number, chunks in enumerate(dealt)
         ]
+
+    def of_phase(self, depth: int) -> Actor:
+        """Who trains the lowest `depth` layers: with `bupo.internal_layout` a smaller model."""
+        if depth == self.arch.layers or self.config.bupo.internal_layout is None:
+            return self
+        config = internal_config(self.config)
+        return Actor(self.arch.lowest(depth), config, parallel_sizes(config, self.layout.world))
 
     @property
     def shards(self) -> tuple[int, int]:

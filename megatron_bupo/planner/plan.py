@@ -4,17 +4,17 @@ a step takes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from megatron_bupo.config.internal_layout_rules import internal_config
-from megatron_bupo.config.layout import Layout, parallel_sizes
+from megatron_bupo.config.layout import Layout
 from megatron_bupo.config.schema import Config
+from megatron_bupo.config.server_rules import gpus_per_server
 from megatron_bupo.hf.architecture import Architecture
-from megatron_bupo.planner.counts import all_parameters
 from megatron_bupo.planner.hardware import GIB, Hardware
 from megatron_bupo.planner.memory import Actor, StageMemory, stage_memories
 from megatron_bupo.planner.serving import Serving, embedded, server_gpus, serving
-from megatron_bupo.planner.timing import Clock
+from megatron_bupo.planner.timing import Clock, sync_seconds
 from megatron_bupo.planner.workload import Workload
 
 
@@ -110,6 +110,20 @@ class Plan:
         return stage.training + (self.serving.asleep if self.shares_gpus else 0.0)
 
     @property
+    def room(self) -> float:
+        """What share of a GPU's memory servers may keep for good, in steps of a twentieth."""
+        resting = [stage.resting for phase in self.phases for stage in phase.stages]
+        taken = (max(resting) if self.shares_gpus else 0.0) + self.serving.rest
+        return math.floor(20 * (1 - taken / self.hardware.memory_bytes)) / 20
+
+    @property
+    def only_servers_are_too_large(self) -> bool:
+        """Does training fit, and generating beside it not?"""
+        stages = [stage for phase in self.phases for stage in phase.stages]
+        trains = all(self.of_training(stage) <= self.hardware.memory_bytes for stage in stages)
+        return self.shares_gpus and trains and not self.fits
+
+    @property
     def peak_bytes(self) -> float:
         """The most that any GPU holds at any time."""
         stages = [stage for phase in self.phases for stage in phase.stages]
@@ -133,6 +147,11 @@ class Plan:
 def shares_gpus(config: Config) -> bool:
     """Do whoever generates and whoever trains use the same GPUs?"""
     return config.rollout.engine == "embedded" or config.rollout.colocated
+
+
+def shares_servers(config: Config) -> bool:
+    """Do servers, and not the embedded engine, share the trainer's GPUs?"""
+    return config.rollout.engine == "sglang" and config.rollout.colocated
 
 
 def world_of(config: Config, gpus: int | None) -> int | None:
@@ -169,12 +188,9 @@ def _phase(
     depth: int,
     steps: int,
 ) -> Phase:
-    config, arch, work = recipe.config, recipe.policy, recipe.work
-    internal = depth < arch.layers
-    if internal and config.bupo.internal_layout is not None:
-        config = internal_config(config)
-        arch, layout = arch.lowest(depth), parallel_sizes(config, layout.world)
-    actor = Actor(arch, config, layout)
+    config, work = recipe.config, recipe.work
+    internal = depth < recipe.policy.layers
+    actor = Actor(recipe.policy, config, layout).of_phase(depth)
     critic = (
         None if recipe.critic is None else Actor(recipe.critic, recipe.config.of_critic, layout)
     )
@@ -182,7 +198,7 @@ def _phase(
     ahead = config.rollout.max_staleness > 0 and not internal
     time = _step_time(actor, critic, work, hardware, served, depth=depth, overlapped=ahead)
     name = f"internal layer {depth}" if internal else "full policy"
-    return Phase(name, depth, steps, layout, tuple(stages), time)
+    return Phase(name, depth, steps, actor.layout, tuple(stages), time)
 
 
 def _step_time(
@@ -211,27 +227,12 @@ def _step_time(
         critic_s=beside,
         optimizer_s=step,
         exchange_s=exchange,
-        sync_s=_sync_s(actor, hardware, depth),
+        sync_s=sync_seconds(actor, hardware, depth),
         bubble_s=learning.bubble_s + passes * scoring.bubble_s,
         tensor_s=learning.tensor_s + passes * scoring.tensor_s,
         overlapped=overlapped,
         flops=learning.flops + passes * scoring.flops,
     )
-
-
-def _sync_s(actor: Actor, hardware: Hardware, depth: int) -> float:
-    """Gather what was trained over the ranks of each stage, and bring it to the servers: over the
-    node's links where they share GPUs, else over one GPU's network port for each stage.
-    """
-    if actor.config.rollout.engine != "sglang":
-        return 0.0
-    number = 2 if actor.config.model.dtype == "bfloat16" else 4
-    trained = number * all_parameters(actor.arch, depth)
-    gathered = trained / hardware.bytes_per_s(min(actor.layout.tp, hardware.node.gpus))
-    if actor.config.rollout.colocated:
-        return hardware.overhead.sync_s + 2 * gathered
-    port = 1e9 * hardware.node.network_gb_per_s * hardware.efficiency.link
-    return hardware.overhead.sync_s + gathered + trained / port / actor.layout.pp
 
 
 def _problems(plan: Plan) -> list[str]:
@@ -261,9 +262,24 @@ def _problems(plan: Plan) -> list[str]:
             f"the servers need {served.total / GIB:.1f} GiB per GPU of "
             f"{plan.hardware.gpu.memory_gib:g}"
         )
+    problems += _server_problems(plan)
     if served.engine == "sglang" and served.sequences < 1:
         problems.append(
             f"the servers' weights take {served.weights / GIB:.1f} GiB per GPU, and "
             f"sglang.mem_fraction_static leaves no room for keys and values of a response"
         )
+    return problems
+
+
+def _server_problems(plan: Plan) -> list[str]:
+    """Servers that could not start, however much memory there is."""
+    config, arch = plan.recipe.config, plan.recipe.policy
+    if config.rollout.engine != "sglang" or config.servers.addresses:
+        return []
+    tp, needed, there = config.sglang.get("tp_size", 1), gpus_per_server(config), plan.hardware.node
+    problems = []
+    if needed > there.gpus:
+        problems.append(f"a server needs {needed} GPUs of one node, and there are {there.gpus}")
+    if arch.heads % tp:
+        problems.append(f"sglang.tp_size={tp} does not divide the {arch.heads} attention heads")
     return problems

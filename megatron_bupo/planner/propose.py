@@ -1,5 +1,8 @@
 """Which layouts fit, and which is fastest? All of them are planned: a plan takes a millisecond.
 
+Servers that share the trainer's GPUs are as many as its ranks ask for, and get what it leaves. What
+is proposed passes all rules by which a run starts.
+
 A recipe that does not fit is shown the smallest change that makes it fit: of all changes of few
 settings, those of fewest settings, and of these the one whose step is shortest; data-parallel
 ranks follow from the other sizes. If none of them does, a layout of as many GPUs that fits is
@@ -8,33 +11,37 @@ named, and else the smallest number of GPUs on which one does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations, product
+from itertools import combinations
 from typing import Any
 
-from megatron_bupo.config.checks import check_against_model
+from megatron_bupo.config.checks import check, check_against_model
 from megatron_bupo.config.internal_layout_rules import check_internal_layout
 from megatron_bupo.config.layout import parallel_sizes
 from megatron_bupo.config.parallel_rules import check_parallel
-from megatron_bupo.config.schema import Config
+from megatron_bupo.config.server_rules import gpus_per_server
 from megatron_bupo.errors import InputError
-from megatron_bupo.planner.activations import FULL
+from megatron_bupo.planner.changes import (
+    FRACTION,
+    LEAST_BYTES,
+    OF_PARALLEL,
+    ROOM,
+    SIZES,
+    Changes,
+    changed,
+    large_enough_servers,
+    layouts,
+    single_changes,
+    together,
+)
+from megatron_bupo.planner.counts import all_parameters
 from megatron_bupo.planner.hardware import Hardware
-from megatron_bupo.planner.plan import Plan, Recipe, make_plan, world_of
+from megatron_bupo.planner.plan import Plan, Recipe, make_plan, shares_servers, world_of
 
-Changes = Mapping[str, Any]  # dotted key -> value
-
-SIZES = (1, 2, 4, 8, 16, 32)
-RECOMPUTE: Changes = {
-    "megatron.recompute_granularity": FULL,
-    "megatron.recompute_method": "uniform",
-    "megatron.recompute_num_layers": 1,
-}
-FRACTIONS = (0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
+LEAST_FRACTION = 0.1
 MOST_GPUS = 4096
 WORTH_IT = 0.9  # of an internal step's training: for less, another layout is not mentioned
-OF_PARALLEL = ("tp", "pp", "cp", "ep")
 
 
 @dataclass(frozen=True)
@@ -43,19 +50,6 @@ class Proposal:
 
     changes: Changes
     plan: Plan
-
-
-def changed(config: Config, changes: Changes) -> Config:
-    """`config` with other settings."""
-    for key, value in changes.items():
-        section, name = key.split(".")
-        found = getattr(config, section)
-        if isinstance(found, dict):
-            new: Any = {k: v for k, v in {**found, name: value}.items() if v is not None}
-        else:
-            new = replace(found, **{name: value})
-        config = replace(config, **{section: new})
-    return config
 
 
 def planned(recipe: Recipe, hardware: Hardware, gpus: int | None, changes: Changes) -> Plan:
@@ -75,15 +69,18 @@ def planned(recipe: Recipe, hardware: Hardware, gpus: int | None, changes: Chang
     return make_plan(replace(recipe, config=config), hardware, layout)
 
 
-def proposals(recipe: Recipe, hardware: Hardware, gpus: int) -> list[Proposal]:
+def proposals(recipe: Recipe, hardware: Hardware, gpus: int) -> Iterator[Proposal]:
     """Layouts of `gpus` that fit, the fastest full-policy step first."""
     found: dict[tuple[Any, ...], Proposal] = {}
-    for changes in _layouts(recipe, hardware):
-        plan = _tried(recipe, hardware, gpus, changes)
-        if plan is not None and plan.fits:
-            key = (plan.full.layout, plan.recipe.config.megatron.get("recompute_granularity"))
-            found.setdefault(key, Proposal({**changes, **_dp_of(recipe, plan)}, plan))
-    return sorted(found.values(), key=lambda found: _speed(found.plan))
+    servers = large_enough_servers(recipe, hardware)
+    for layout in layouts(recipe, hardware, gpus):
+        proposal = _tried(recipe, hardware, gpus, {**layout, **servers}, shrinks=True)
+        if proposal is not None:
+            config = proposal.plan.recipe.config
+            key = (proposal.plan.full.layout, config.megatron.get("recompute_granularity"))
+            found.setdefault(key, proposal)
+    fastest = sorted(found.values(), key=lambda found: _speed(found.plan))
+    return (proposal for proposal in fastest if _starts(proposal))
 
 
 def internal_layout(recipe: Recipe, hardware: Hardware, gpus: int) -> Plan | None:
@@ -98,13 +95,11 @@ def internal_layout(recipe: Recipe, hardware: Hardware, gpus: int) -> Plan | Non
         own = replace(
             config.parallel, tp=tp, sp=tp > 1, pp=1, vpp=1, dp=None, cp=1, ep=config.parallel.ep
         )
-        plan = _tried(recipe, hardware, gpus, {"bupo.internal_layout": own})
-        if plan is None or not plan.fits:
-            continue
-        if best is None or _internal_s(plan) < _internal_s(best):
-            best = plan
+        found = _tried(recipe, hardware, gpus, {"bupo.internal_layout": own})
+        if found is not None and _starts(found):
+            best = min(best or found.plan, found.plan, key=_internal_s)
     now = _tried(recipe, hardware, gpus, {})
-    if best is None or (now is not None and _internal_s(best) > WORTH_IT * _internal_s(now)):
+    if best is None or (now is not None and _internal_s(best) > WORTH_IT * _internal_s(now.plan)):
         return None
     return best
 
@@ -117,15 +112,15 @@ def smallest_change(recipe: Recipe, hardware: Hardware, gpus: int) -> Proposal |
     """What makes the recipe fit on `gpus`, if anything does; see the top."""
     for number in (1, 2, 3):
         fitting = [
-            Proposal({**changes, **_dp_of(recipe, plan)}, plan)
-            for group in combinations(list(_single_changes(recipe, hardware)), number)
-            if (changes := _together(group)) is not None
-            if (plan := _tried(recipe, hardware, gpus, _with_open_dp(changes))) is not None
-            if plan.fits
+            found
+            for group in combinations(list(single_changes(recipe, hardware)), number)
+            if (changes := together(group)) is not None
+            if (found := _tried(recipe, hardware, gpus, _with_open_dp(changes))) is not None
         ]
-        if fitting:
-            return min(fitting, key=lambda found: _speed(found.plan))
-    return next(iter(proposals(recipe, hardware, gpus)), None)
+        for found in sorted(fitting, key=lambda found: _speed(found.plan)):
+            if _starts(found):
+                return found
+    return next(proposals(recipe, hardware, gpus), None)
 
 
 def _with_open_dp(changes: Changes) -> Changes:
@@ -147,95 +142,42 @@ def _speed(plan: Plan) -> tuple[float, float]:
 
 def enough_gpus(recipe: Recipe, hardware: Hardware, gpus: int) -> tuple[int, Proposal] | None:
     """The smallest doubling of `gpus` on which a layout fits."""
+    least = LEAST_BYTES * all_parameters(recipe.policy) / hardware.memory_bytes
     while (gpus := 2 * gpus) <= MOST_GPUS:
-        if fitting := proposals(recipe, hardware, gpus):
-            return gpus, fitting[0]
+        if gpus < least:
+            continue
+        if fitting := next(proposals(recipe, hardware, gpus), None):
+            return gpus, fitting
     return None
 
 
-def _tried(recipe: Recipe, hardware: Hardware, gpus: int, changes: Changes) -> Plan | None:
+def _tried(
+    recipe: Recipe, hardware: Hardware, gpus: int, changes: Changes, *, shrinks: bool = False
+) -> Proposal | None:
+    """What `changes` come to, with what follows from them; None if that does not fit. `shrinks`:
+    servers beside the trainer may get less memory.
+    """
+    known = {key: value for key, value in changes.items() if value is not ROOM}
+    config = changed(recipe.config, known)
+    if shares_servers(config) and gpus % gpus_per_server(config) == 0:
+        count = gpus // gpus_per_server(config)
+        known |= {} if count == config.servers.count else {"servers.count": count}
     try:
-        return planned(recipe, hardware, gpus, changes)
+        plan = planned(recipe, hardware, gpus, known)
+        wanted = changes.get(FRACTION) is ROOM or (shrinks and plan.only_servers_are_too_large)
+        if wanted and plan.room >= LEAST_FRACTION:
+            known[FRACTION] = plan.room
+            plan = planned(recipe, hardware, gpus, known)
     except InputError:
         return None
+    return Proposal({**known, **_dp_of(recipe, plan)}, plan) if plan.fits else None
 
 
-def _layouts(recipe: Recipe, hardware: Hardware) -> Iterator[Changes]:
-    """All that are tried: sizes by powers of two, with the distributed optimizer, with and without
-    recomputation.
-    """
-    node, arch = hardware.node.gpus, recipe.policy
-    tensor = [size for size in SIZES if size <= node and arch.kv_heads % size == 0]
-    stages = [size for size in SIZES if arch.layers % size == 0]
-    experts = SIZES if arch.experts else (1,)
-    for tp, pp, cp, ep in product(tensor, stages, (1, 2, 4), experts):
-        if cp > 1 and tp * cp > node:
-            continue
-        settings: dict[str, Any] = {
-            "parallel.tp": tp,
-            "parallel.pp": pp,
-            "parallel.vpp": 1,
-            "parallel.cp": cp,
-            "parallel.ep": ep,
-            "parallel.etp": 1 if arch.experts else None,
-            "parallel.dp": None,
-            "parallel.sp": tp > 1,
-            "parallel.distributed_optimizer": True,
-        }
-        yield {**settings, "megatron.recompute_granularity": None}
-        yield {**settings, **RECOMPUTE}
-
-
-def _single_changes(recipe: Recipe, hardware: Hardware) -> Iterator[Changes]:
-    """Changes that save memory, each of one setting or of what belongs to it."""
-    config = recipe.config
-    parallel = config.parallel
-    if config.megatron.get("recompute_granularity") != FULL:
-        yield RECOMPUTE
-    if not parallel.distributed_optimizer:
-        yield {"parallel.distributed_optimizer": True}
-    if parallel.tp > 1 and not parallel.sp:
-        yield {"parallel.sp": True}
-    if config.rollout.engine == "sglang":
-        now = config.sglang.get("mem_fraction_static", 0.88)
-        yield from ({"sglang.mem_fraction_static": f} for f in FRACTIONS if f != now)
-    budget = config.trainer.max_tokens_per_microbatch
-    if budget > recipe.work.longest:
-        yield {"trainer.max_tokens_per_microbatch": recipe.work.longest}
-    if config.trainer.logprob_chunk_tokens > 256:
-        yield {"trainer.logprob_chunk_tokens": 256}
-    for name in OF_PARALLEL if recipe.policy.experts else OF_PARALLEL[:-1]:
-        for size in SIZES:
-            if size > getattr(parallel, name) and (name != "tp" or size <= hardware.node.gpus):
-                # sequence parallelism comes with tensor parallelism
-                yield {f"parallel.{name}": size} | ({"parallel.sp": True} if name == "tp" else {})
-
-
-def _together(group: tuple[Changes, ...]) -> Changes | None:
-    """All changes of a group, if no two speak of one setting."""
-    keys = [key for changes in group for key in changes]
-    if len(set(keys)) < len(keys):
-        return None
-    return {key: value for changes in group for key, value in changes.items()}
-
-
-def as_settings(changes: Changes) -> str:
-    """As they are written on a command line."""
-    return " ".join(f"{key}={_text(value)}" for key, value in changes.items())
-
-
-def what_differs(config: Config, changes: Changes) -> Changes:
-    """Those of `changes` that `config` does not have already."""
-    return {key: value for key, value in changes.items() if _value(config, key) != value}
-
-
-def _value(config: Config, key: str) -> Any:
-    section, name = key.split(".")
-    found = getattr(config, section)
-    return found.get(name) if isinstance(found, dict) else getattr(found, name)
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _starts(proposal: Proposal) -> bool:
+    """Would a run with these settings, by all rules?"""
+    config, layout = proposal.plan.recipe.config, proposal.plan.full.layout
+    try:
+        check(config, layout.world, here=False)
+    except InputError:
+        return False
+    return True

@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_bupo.config.layout import Layout
+from megatron_bupo.planner.changes import as_settings, what_differs
 from megatron_bupo.planner.counts import all_parameters
 from megatron_bupo.planner.hardware import GIB
 from megatron_bupo.planner.memory import StageMemory
 from megatron_bupo.planner.plan import Phase, Plan
-from megatron_bupo.planner.propose import Proposal, as_settings, what_differs
+from megatron_bupo.planner.propose import Proposal
 
 STAGES_SHOWN = 8
 CATEGORIES = (
@@ -195,8 +196,9 @@ def _remarks(plan: Plan) -> Iterator[str]:
         most = max(stage.weights for stage in plan.full.stages)
         yield f"reference weights: {most / GIB:.1f} GiB of host memory per GPU"
     layers = "torch's own modules" if rates.plain_layers else "Transformer Engine's modules"
+    products = rates.gpu.matmul * rates.efficiency.matmul
     yield (
-        f"assumed: {rates.efficiency.matmul:.0%} of {rates.name}'s peak in products, "
+        f"assumed: {products:.0%} of {rates.name}'s peak in products, "
         f"{rates.efficiency.memory:.0%} of its memory rate, {rates.efficiency.link:.0%} of links, "
         f"layers of {layers}, memory for responses of full length, time for those of mean length; "
         f"all rates: {rates.source}"

@@ -1,7 +1,8 @@
 """What do servers hold, how many responses do they decode at a time, and how long does it take?
 
-A decode step reads all weights that its tokens need once, and each sequence's keys and values; it
-is as slow as the slower of memory and products. Of S sequences on a replica, with lengths spread
+A decode step goes through the weights that its tokens need, as slow as the slower of memory and
+products, then reads each sequence's keys and values, reduces hidden states over tensor-parallel
+ranks, twice in a layer, and samples from logits. Of S sequences on a replica, with lengths spread
 evenly from 0 to the longest, L, all that fit decode together; the steps are at least L, for some
 response is that long, and the mean batch is what S and L leave.
 """
@@ -16,15 +17,15 @@ from megatron_bupo.errors import InputError
 from megatron_bupo.hf.architecture import Architecture
 from megatron_bupo.planner.counts import (
     all_parameters,
+    all_products,
     attention_products,
     attention_sizes,
-    has_experts,
-    layer_products,
 )
 from megatron_bupo.planner.hardware import GIB, Hardware
 from megatron_bupo.planner.workload import Workload
 
 STATIC_FRACTION = 0.88  # SGLang's own choice lies near, by GPU and options
+LOGIT_PASSES = 4
 BYTES = 2  # of weights and of keys and values: servers run bf16
 RUNNING = "max_running_requests"
 
@@ -111,10 +112,8 @@ def embedded(
     mine = -(-work.responses // ranks)
     together = min(config.rollout.batch_size, mine)
     per_token = number * 2 * arch.layers * attention_sizes(arch)[1]
-    rate = 1e12 * hardware.gpu.memory_tb_per_s * hardware.efficiency.memory
-    speed = hardware.gpu.flops_per_s(config.model.dtype) * hardware.efficiency.decode_matmul
-    batches = -(-mine // together)
-    step = max(weights / rate, 2 * together * all_parameters(arch) / speed)
+    rate, batches = hardware.products_per_s(config.model.dtype), -(-mine // together)
+    step = max(weights / hardware.memory_per_s, together * all_parameters(arch) / rate)
     step += 1e-3 * (hardware.overhead.decode_step_ms + arch.layers * hardware.overhead.layer_ms)
     return Serving(
         engine="embedded",
@@ -166,20 +165,38 @@ def _decode_s(
     sequences = work.responses / replicas
     steps = max(work.longest_response, sequences * work.response_tokens / together)
     batch = sequences * work.response_tokens / steps
-    gpus = tp * pp
-    rate = 1e12 * hardware.gpu.memory_tb_per_s * hardware.efficiency.memory * gpus
-    speed = hardware.gpu.flops_per_s("bfloat16") * hardware.efficiency.decode_matmul * gpus
     context = work.prompt_tokens + work.response_tokens / 2
-    cache = BYTES * 2 * arch.layers * attention_sizes(arch)[1] * context * batch
-    products = sum(layer_products(arch, n) for n in range(1, arch.layers + 1))
-    products += arch.vocab_size * arch.hidden_size
-    memory_s = (_touched_bytes(arch, batch) + cache) / rate
-    product_s = 2 * batch * products / speed
-    overhead = hardware.overhead
-    fixed = overhead.decode_step_ms + arch.layers * overhead.decode_layer_ms
+    step = decode_step_s(arch, hardware, batch=batch, context=context, tp=tp, pp=pp)
+    return steps * step
+
+
+def decode_step_s(
+    arch: Architecture, hardware: Hardware, *, batch: float, context: float, tp: int, pp: int = 1
+) -> float:
+    """Seconds in which a server decodes a token of each of `batch` responses, that look back at
+    `context` tokens in the mean.
+    """
+    gpus, overhead = tp * pp, hardware.overhead
+    memory, rate = gpus * hardware.memory_per_s, gpus * hardware.products_per_s("bfloat16")
+    products = all_products(arch, arch.layers) + arch.vocab_size * arch.hidden_size
+    seconds = max(_touched_bytes(arch, batch) / memory, batch * products / rate)
+    shared = gpus / max(1, tp / arch.kv_heads)  # more ranks than heads keep copies
+    seconds += batch * context * cache_bytes(arch) / (shared * hardware.memory_per_s)
+    # logits are written, turned to log-probs and sampled from in fp32
+    seconds += LOGIT_PASSES * 4 * batch * arch.vocab_size / memory
+    kernels = arch.layers + (0 if arch.experts is None else len(arch.experts.layers))
+    fixed = overhead.decode_step_ms + kernels * overhead.decode_layer_ms
+    fixed += batch * overhead.decode_sequence_ms
     if tp > 1:
         fixed += 2 * arch.layers * overhead.collective_ms
-    return steps * (max(memory_s, product_s) + 1e-3 * fixed)
+        row = BYTES * batch * arch.hidden_size
+        seconds += 2 * arch.layers * 2 * row * (tp - 1) / tp / hardware.bytes_per_s(tp)
+    return seconds + 1e-3 * fixed
+
+
+def cache_bytes(arch: Architecture) -> int:
+    """Keys and values of a token, in all layers."""
+    return BYTES * 2 * arch.layers * attention_sizes(arch)[1]
 
 
 def _touched_bytes(arch: Architecture, batch: float) -> float:
@@ -188,15 +205,14 @@ def _touched_bytes(arch: Architecture, batch: float) -> float:
     experts = arch.experts
     if experts is None:
         return BYTES * total
-    layers = sum(has_experts(arch, layer) for layer in range(1, arch.layers + 1))
-    of_experts = layers * experts.number * 3 * arch.hidden_size * experts.ffn_size
+    of_experts = len(experts.layers) * experts.number * 3 * arch.hidden_size * experts.ffn_size
     idle = (1 - experts.per_token / experts.number) ** batch
     return BYTES * (total - idle * of_experts)
 
 
 def _prefill_s(arch: Architecture, work: Workload, hardware: Hardware, *, gpus: int) -> float:
     """Each prompt once: its responses share what it left in the cache."""
-    products = sum(layer_products(arch, n) for n in range(1, arch.layers + 1))
+    products = all_products(arch, arch.layers)
     products += arch.layers * attention_products(arch, work.prompt_tokens / 2)
-    speed = hardware.gpu.flops_per_s("bfloat16") * hardware.efficiency.matmul * gpus
-    return 2 * work.prompts * work.prompt_tokens * products / speed
+    rate = hardware.products_per_s("bfloat16") * gpus
+    return work.prompts * work.prompt_tokens * products / rate

@@ -1,8 +1,16 @@
 """How long does a pass over a step's responses take, and where does the time go?
 
-A micro-batch takes a stage t_s seconds: products over the reached share of the peak, attention
-over its own, tensor-parallel collectives (not overlapped) over the reached share of the links, and
-the launches of kernels. With m micro-batches and v chunks to a stage, 1F1B takes
+A micro-batch takes a stage t_s seconds, the sum over its layers of
+
+    products     multiplications over the rate of large ones, or, where few tokens meet many
+                 weights, the weights' bytes over the memory's rate
+    attention    over a rate of its own
+    the rest     bytes that norms, activation functions and the shuffling of tokens to experts move
+                 through memory (`moved_numbers`), over its rate
+    collectives  of tensor-, context- and expert-parallel ranks, not overlapped, over the links'
+
+and launches of kernels. A backward pass is two forward passes, and one more with recomputation.
+With m micro-batches and v chunks to a stage, 1F1B takes
 
     (m - 1) max_s t_s + sum_s t_s / v
 
@@ -14,13 +22,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bupo.planner.activations import FULL, Recompute
+from megatron_bupo.planner.activations import FULL, SELECTIVE, Recompute
 from megatron_bupo.planner.counts import (
     Stage,
+    alike,
+    all_parameters,
+    all_products,
     attention_products,
     attention_sizes,
     has_experts,
+    layer_parameters,
     layer_products,
+    mlp_products,
+    moved_numbers,
     stage_parameters,
 )
 from megatron_bupo.planner.hardware import Hardware
@@ -89,8 +103,7 @@ class Clock:
         """Of a forward pass."""
         arch, work = self.actor.arch, self.work
         tokens = responses * (work.prompt_tokens + work.response_tokens)
-        layers = range(1, self.depth + 1)
-        products = sum(layer_products(arch, n) for n in layers)
+        products = all_products(arch, self.depth)
         products += self.depth * attention_products(arch, work.context)
         products += work.response_share * self._unembedding
         return 2 * tokens * products
@@ -103,50 +116,107 @@ class Clock:
     def _stage_s(self, stage: Stage, dealt: Microbatches, *, learns: bool) -> tuple[float, float]:
         """Seconds of a micro-batch on `stage`: computing, and in collectives."""
         actor, hardware = self.actor, self.hardware
-        arch, layout, dtype = actor.arch, actor.layout, actor.config.model.dtype
-        efficiency, peak = hardware.efficiency, hardware.gpu.flops_per_s(dtype)
+        config, layout = actor.config, actor.layout
         tokens = dealt.tokens / layout.cp
         layers = [layer for layer in stage.layers if layer <= self.depth]
-        again = Recompute.of(actor.config.megatron).granularity == FULL
-        times = (3 + again) if learns else 1
-        products = sum(layer_products(arch, n) for n in layers) / layout.tp
-        scores = len(layers) * attention_products(arch, self.work.context) / layout.tp
-        seconds = 2 * tokens * times * products / (peak * efficiency.matmul)
-        seconds += 2 * tokens * times * scores / (peak * efficiency.attention)
+        seconds = (3 if learns else 1) * self._layers_s(layers, tokens)
+        if learns:
+            seconds += sum(self._again_s(chunk, tokens) for chunk in stage.chunks)
         if stage.last:  # logits are computed again for the backward pass
             rows = tokens * self.work.response_share * (4 if learns else 1)
-            seconds += 2 * rows * self._unembedding / layout.tp / (peak * efficiency.matmul)
-        seconds += 1e-3 * hardware.overhead.layer_ms * len(layers) * times
-        return seconds, self._collectives_s(layers, tokens, times)
+            rate = hardware.products_per_s(config.model.dtype)
+            seconds += rows * self._unembedding / layout.tp / rate
+        again = Recompute.of(config.megatron).granularity == FULL
+        return seconds, self._collectives_s(layers, tokens, passes=2 + again if learns else 1)
 
-    def _collectives_s(self, layers: list[int], tokens: float, times: int) -> float:
-        """Of the layers' collectives over tensor-, context- and expert-parallel ranks."""
+    def _layers_s(self, layers: list[int], tokens: float) -> float:
+        """All of `layers`."""
+        kinds = alike(self.actor.arch, layers)
+        return sum(number * self._layer_s(layer, tokens) for layer, number in kinds)
+
+    def _layer_s(self, layer: int, tokens: float) -> float:
+        """Seconds that `tokens` of a rank's row take forward through `layer`, on their own rank."""
+        arch, layout, hardware = self.actor.arch, self.actor.layout, self.hardware
+        dtype = self.actor.config.model.dtype
+        number = 2 if dtype == "bfloat16" else 4
+        rate, memory = hardware.products_per_s(dtype), hardware.memory_per_s
+        held = layer_parameters(arch, layer, layout).total
+        products = tokens * layer_products(arch, layer) / layout.tp
+        seconds = max(products / rate, number * held / memory)
+        seconds += self._scores_s(tokens)
+        share = layout.tp if self.actor.config.parallel.sp else 1
+        moved = moved_numbers(arch, layer, layout, rows_share=share)
+        return seconds + tokens * number * moved / memory + 1e-3 * hardware.overhead.layer_ms
+
+    def _scores_s(self, tokens: float) -> float:
+        """The attention of one layer."""
+        actor = self.actor
+        scores = tokens * attention_products(actor.arch, self.work.context) / actor.layout.tp
+        return scores / self.hardware.scores_per_s(actor.config.model.dtype)
+
+    def _again_s(self, chunk: range, tokens: float) -> float:
+        """What is computed a second time of a chunk's layers, for their backward passes."""
+        recompute = Recompute.of(self.actor.config.megatron)
+        run = [layer for layer in chunk if layer <= self.depth]
+        if recompute.granularity != SELECTIVE:
+            kept, _ = recompute.kept_and_again(len(run))
+            return self._layers_s(run[: len(run) - kept], tokens)
+        seconds = 0.0
+        for layer, number in alike(self.actor.arch, run):
+            if "core_attn" in recompute.modules:
+                seconds += number * self._scores_s(tokens)
+            if "mlp" in recompute.modules or "moe" in recompute.modules:
+                products = tokens * mlp_products(self.actor.arch, layer) / self.actor.layout.tp
+                seconds += (
+                    number * products / self.hardware.products_per_s(self.actor.config.model.dtype)
+                )
+        return seconds
+
+    def _collectives_s(self, layers: list[int], tokens: float, *, passes: int) -> float:
+        """Of the layers' collectives over tensor-, context- and expert-parallel ranks. Gradients of
+        weights need none: a backward pass has those of one forward pass.
+        """
         actor = self.actor
         arch, layout, hardware = actor.arch, actor.layout, self.hardware
         number = 2 if actor.config.model.dtype == "bfloat16" else 4
         row, tp = number * tokens * arch.hidden_size, layout.tp
-        passes = times - (times > 1)  # gradients of weights need none, but inputs once more
         seconds = 0.0
-        for layer in layers:
+        for layer, alike_it in alike(arch, layers):
+            one = 0.0
             if tp > 1:  # two gathers and two scatters, or two all-reduces
-                seconds += 4 * row * (tp - 1) / tp * passes / hardware.bytes_per_s(tp)
+                one += 4 * row * (tp - 1) / tp * passes / hardware.bytes_per_s(tp)
             if layout.cp > 1:
                 keys = number * 2 * attention_sizes(arch, tp)[1] * tokens
                 away = keys * (layout.cp - 1) * passes
-                seconds += away / hardware.bytes_per_s(tp * layout.cp)
+                one += away / hardware.bytes_per_s(tp * layout.cp)
             experts = arch.experts
             if experts is not None and has_experts(arch, layer) and layout.ep > 1:
-                etp = layout.etp or tp
-                sent = 2 * row / tp * experts.per_token * (layout.ep - 1) / layout.ep
-                seconds += sent * passes / hardware.bytes_per_s(etp * layout.ep)
+                one += 2 * passes * self._shuffle_s(row / tp, experts.per_token)
+            seconds += alike_it * one
         return seconds
+
+    def _shuffle_s(self, rows: float, choices: int) -> float:
+        """Seconds in which `rows` bytes of a rank's tokens go to the ranks of their experts, or
+        come back: to its own node and to others at once. The flex dispatcher sends a token once to
+        each other node, where alltoall sends all its copies.
+        """
+        layout, hardware = self.actor.layout, self.hardware
+        etp = layout.etp or layout.tp
+        near = min(layout.ep, max(1, hardware.node.gpus // etp))
+        nodes = layout.ep / near
+        inside = rows * choices * (near - 1) / layout.ep / hardware.bytes_per_s(1)
+        away = choices * (1 - 1 / nodes)
+        if self.actor.config.megatron.get("moe_token_dispatcher_type") == "flex":
+            away = (nodes - 1) * (1 - (1 - 1 / nodes) ** choices)
+        port = hardware.bytes_per_s(hardware.node.gpus + 1)
+        return max(inside, rows * away / port)
 
     def optimizer_s(self) -> tuple[float, float]:
         """Seconds of all updates' steps, and of summing gradients and gathering parameters over
         data-parallel ranks (not overlapped), of the busiest stage.
         """
         actor, hardware, layout = self.actor, self.hardware, self.actor.layout
-        rate = 1e12 * hardware.gpu.memory_tb_per_s * hardware.efficiency.memory
+        rate = hardware.memory_per_s
         dense, experts = actor.shards
         replicas = layout.world // layout.pp // layout.tp
         number = 2 if actor.config.model.dtype == "bfloat16" else 4
@@ -160,3 +230,24 @@ class Clock:
             speed = hardware.bytes_per_s(layout.tp * replicas if replicas > 1 else 1)
             exchange = max(exchange, held.total * moved * share / speed)
         return self.updates * step, self.updates * exchange
+
+
+def sync_seconds(actor: Actor, hardware: Hardware, depth: int) -> float:
+    """Gather what was trained over the ranks of each stage, and bring it to the servers in buckets.
+    All stages send at once, each through a GPU's network port; where servers share GPUs, every rank
+    gathers all of it over the links between ranks.
+    """
+    config, layout = actor.config, actor.layout
+    if config.rollout.engine != "sglang":
+        return 0.0
+    number = 2 if config.model.dtype == "bfloat16" else 4
+    trained = number * all_parameters(actor.arch, depth)
+    if config.rollout.colocated:
+        at_once, away = 1, trained / hardware.bytes_per_s(layout.world)
+    else:
+        port = 1e9 * hardware.node.network_gb_per_s * hardware.efficiency.link
+        at_once, away = layout.pp, trained / layout.pp / port
+    gathered = trained / at_once / hardware.bytes_per_s(layout.tp)
+    buckets = -(-trained // (at_once * config.sync.bucket_bytes))
+    fixed = hardware.overhead.sync_s + 1e-3 * hardware.overhead.bucket_ms * buckets
+    return fixed + gathered + away

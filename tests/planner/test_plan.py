@@ -101,7 +101,7 @@ def test_a_recipe_that_cannot_fit_is_refused_with_a_change_that_makes_it_fit(
         ("{tp: 2, pp: 2, dp: 8}", "parallel.pp=8 parallel.dp=2"),  # of three settings: dp follows
         (
             "{tp: 1, pp: 1, dp: 32, sp: false}",
-            "parallel.tp=4 parallel.sp=true parallel.pp=4 parallel.dp=2",
+            "trainer.max_tokens_per_microbatch=5120 parallel.pp=16 parallel.dp=2",
         ),
     ],
 )
@@ -140,7 +140,8 @@ def test_json_has_all_that_the_tables_show(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("was", "now", "said"),
     [
-        ("matmul: 0.6", "matmul: 60", "efficiency.matmul=60"),
+        ("matmul: 0.85", "matmul: 60", "efficiency.matmul=60"),
+        ("matmul: 0.80", "matmul: 1.2", "H100.matmul=1.2 must be a share of 1"),
         ("gpus: 8", "gpus: none", "node.gpus=none"),
         ("  link: 0.7", "  links: 0.7", "link, links"),
         ("gpus:\n", "gpu:\n", "knows no GPU"),
