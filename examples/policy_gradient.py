@@ -3,7 +3,9 @@ responses, then clipped ratios, Megatron's pipeline schedule, DDP and optimizer.
 
     torchrun --nproc-per-node 4 examples/policy_gradient.py --tp 2 --pp 2
 
-`policy_gradient_bupo.patch` makes it BuPO by two lines.
+It prints which layers each step has moved: all of them. `git apply
+examples/policy_gradient_bupo.patch` makes it BuPO by two lines, and then the first two steps, which
+train layer 2's internal policy, move layers 1 and 2 alone.
 """
 
 import argparse
@@ -21,6 +23,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model
+
+from megatron_bupo.mcore import cpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -90,10 +95,25 @@ def clipped_loss(part, nll):
     return loss, mask.sum().int(), {"loss": torch.stack((loss.detach(), mask.sum()))}
 
 
+def layers(chunks):
+    """A copy of each layer's parameters, under the layer's number."""
+    found = [layer for c in chunks for layer in get_attr_wrapped_model(c, "decoder").layers]
+    return {layer.layer_number: [p.detach().clone() for p in layer.parameters()] for layer in found}
+
+
+def moved(before, after):
+    """The numbers of the layers, of all stages, that are not bit for bit what they were."""
+    mine = [n for n in before if not all(map(torch.equal, before[n], after[n]))]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return sorted({number for numbers in everyone for number in numbers})
+
+
 def train(chunks, optimizer, batches, updates=2):
     """One step for each batch of responses: two updates that share old log-probs."""
     reports = []
     for step, rollouts in enumerate(batches):
+        before = layers(chunks)
         batch = {**rollouts, "old_logprobs": logprobs(chunks, rollouts)}
         for _ in range(updates):
             for chunk in chunks:
@@ -101,12 +121,15 @@ def train(chunks, optimizer, batches, updates=2):
             optimizer.zero_grad()
             sums = run(chunks, batch, clipped_loss, forward_only=False)
             _, grad_norm, _ = optimizer.step()
-        reports.append((step, batch["old_logprobs"], grad_norm, sums))
+        changed = moved(before, layers(chunks))
+        reports.append((step, batch["old_logprobs"], grad_norm, sums, changed))
     return reports
 
 
 def start(tp, pp):
     """Join the process group that torchrun describes, and split it."""
+    if DEVICE == "cpu":  # which Megatron-Core does not know
+        cpu.install()
     dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
     if DEVICE == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -144,9 +167,10 @@ def main():
         advantages = ((rewards - rewards.mean()) / rewards.std()).expand(4, 16)
         batch = {"input_ids": ids, "advantages": advantages, "mask": torch.ones(4, 16)}
         batches.append({name: tensor.to(DEVICE) for name, tensor in batch.items()})
-    for step, _, grad_norm, _ in train(chunks, optimizer, batches):
+    for step, _, grad_norm, _, changed in train(chunks, optimizer, batches):
         if dist.get_rank() == 0:
-            print(f"step {step}  grad norm {grad_norm:.6f}")
+            numbers = ", ".join(map(str, changed))
+            print(f"step {step}: layers {numbers} moved, gradient norm {grad_norm:.6f}")
 
 
 if __name__ == "__main__":

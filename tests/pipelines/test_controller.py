@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +145,10 @@ def _both(path: Path, model_dir: Path, layout: dict[str, Any]) -> dict[str, Any]
         if not layout.get("distributed_optimizer"):
             gradients = {n: p.main_grad for n, p in chunks[0].module.named_parameters()}
             gaps[f"gradients of {steps}"] = _gap(last["gradients"], gradients)
-        for step, before, grad_norm, sums in reports:
+        for step, before, grad_norm, sums, moved in reports:
+            assert moved == [
+                layer for layer in (1, 2, 3, 4) if step >= 2 or layer <= INTERNAL.layer
+            ]
             known, mask = ours[step]["logprobs"][rank::ranks], batches[step].response_mask
             found = before.roll(1, 1) * mask[rank::ranks]
             gaps[f"log-probs of {steps}, {step}"] = float((known - found).abs().max())
@@ -183,3 +188,19 @@ def test_two_lines_make_somebody_elses_loop_do_what_our_trainer_does(
         weights = {name: gap for name, gap in gaps.items() if name.startswith("weights")}
         assert max(weights.values()) < 3e-4  # of how far they moved
         assert max(gap for name, gap in gaps.items() if name not in weights) < 2e-5
+
+
+@pytest.mark.slow
+def test_the_example_runs_as_it_says_and_shows_which_layers_move(bupo_loop: Path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    settings = {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", str(bupo_loop), "--pp", "2"],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shown = [line.partition(" moved")[0] for line in ran.stdout.splitlines()]
+    internal, full = "layers 1, 2", "layers 1, 2, 3, 4"
+    assert shown == [f"step {i}: {internal if i < 2 else full}" for i in range(4)]
