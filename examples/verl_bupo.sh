@@ -4,6 +4,10 @@
 #     examples/verl_bupo.sh examples/grpo_trainer/run_qwen3_8b_megatron.sh [overrides ...]
 #
 # from verl's folder, with megatron_bupo importable on every node (PYTHONPATH, or installed).
+# It works with main_ppo, old and V1 (sync, colocate_async, separate_async): they compute old
+# log-probs by the engine and move the learning-rate scheduler once a step. Refused in the internal
+# phase are other strategies than megatron, fully_async_policy, which insists on the sampler's
+# log-probs, and SFT. Tinker's worker does not move the scheduler: it would not leave the phase.
 # BUPO_TARGET_LAYER counts from 1; BUPO_INTERNAL_STEPS is how many of verl's steps train it.
 set -euo pipefail
 export VERL_USE_EXTERNAL_MODULES=megatron_bupo.pipelines.verl
