@@ -87,7 +87,7 @@ def load_cluster(name: str) -> Cluster:
     OmegaConf.set_readonly(merged, False)
     for key, value in found.items():
         try:
-            merged[key] = value
+            merged[key] = _as_text(value) if key in {"env", "time"} else value
         except OmegaConfBaseException as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{key}={value} ({path})", reason, "correct it") from None
@@ -102,6 +102,15 @@ def load_cluster(name: str) -> Cluster:
     assert isinstance(cluster, Cluster)
     _check(cluster, path)
     return cluster
+
+
+def _as_text(value: Any) -> Any:
+    """Numbers and truth values as a YAML file has them, for settings that are text."""
+    if isinstance(value, dict):
+        return {str(name): _as_text(each) for name, each in value.items()}
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else value
 
 
 def find(name: str) -> Path:
@@ -141,6 +150,8 @@ def _check(cluster: Cluster, path: Path) -> None:
         value = getattr(cluster, key)
         if value is not None and value < bound:
             raise _wrong(cluster, key, path, f"is less than {bound}", "choose more")
+    if cluster.port >= 2**16:
+        raise _wrong(cluster, "port", path, "is no port", f"choose up to {2**16 - 1}")
     if cluster.kind not in KINDS:
         way_out = f"choose from {', '.join(KINDS)}"
         raise _wrong(cluster, "kind", path, "is no kind of cluster", way_out)

@@ -74,7 +74,8 @@ def _local(launch: Launch, role: Role, native: dict[str, Any], *, several: bool)
 
     if role.nodes > 1 or several:
         reason = f"the layout asks for {role.nodes} nodes"
-        raise InputError("--on local", reason, "raise gpus_per_node, or launch on a cluster")
+        way_out = "raise gpus_per_node or processes_per_node, or launch on a cluster"
+        raise InputError("--on local", reason, way_out)
     variables = {"PATH": os.environ.get("PATH", ""), **environment(launch)}  # else none
     return made(LocalExecutor, native, env_vars=variables, packager=Packager())
 
