@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -15,6 +16,7 @@ from megatron_bupo import checkpoints
 from megatron_bupo.algorithm.bupo import InternalLayerPolicy, PhaseSchedule
 from megatron_bupo.config import Config, expand, flatten, to_yaml
 from megatron_bupo.config.checks import doubts
+from megatron_bupo.config.server_rules import STARTED
 from megatron_bupo.data.order import PromptStream
 from megatron_bupo.data.tokenizer import load_tokenizer
 from megatron_bupo.engines import benchmarks, prompt_stream, rollout_engine, sampling_at
@@ -191,5 +193,6 @@ def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> Iterato
     """What was set otherwise when the checkpoint was written."""
     for key in {**before, **now}:
         was, is_now = (json.dumps(c[key]) if key in c else "not set" for c in (before, now))
-        if was != is_now:
+        of_this_start = key == "servers.addresses" and STARTED in os.environ
+        if was != is_now and not of_this_start:
             yield f"changed since: {key} was {was}, is {is_now}"
