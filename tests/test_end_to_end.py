@@ -202,7 +202,7 @@ def test_a_reward_function_that_raises_hangs_or_crashes_costs_its_rollout_and_is
 ):
     log, function = tmp_path / "log", tmp_path / "bad.py"
     function.write_text(BAD_REWARD.format(log=str(log)))
-    bad = [f"reward.function={function}:reward", "reward.timeout_s=0.2", "steps=2"]
+    bad = [f"reward.function={function}:reward", "reward.timeout_s=0.5", "steps=2"]
     lines = bed.train(tmp_path / "run", *SHORT, *ONE_PROCESS, *bad)
     kinds = [int(kind) for kind in log.read_text().split()]
     assert len(kinds) == 2 * 16

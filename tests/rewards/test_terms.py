@@ -18,7 +18,7 @@ def group(*responses: str, answer: str = "7") -> RolloutGroup:
 
 
 def composed(*terms: RewardTermConfig) -> RewardConfig:
-    return RewardConfig(terms=list(terms), timeout_s=1.0)
+    return RewardConfig(terms=list(terms), timeout_s=30.0)
 
 
 def test_a_reward_is_the_weighted_sum_of_its_terms_and_knows_each(tmp_path: Path) -> None:
