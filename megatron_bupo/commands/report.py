@@ -31,7 +31,7 @@ def run(args: Namespace) -> None:
         print("--group-seeds: no two runs differ only by their seed")
     out = Path(expand(args.out)) if args.out else beside(runs)
     page, *figures = write_report(out, groups if args.group_seeds else each(runs))
-    print(f"{page}: {page.stat().st_size / 1e6:.1f} MB, to be opened in a browser")
+    print(f"{page}: {page.stat().st_size / 1e3:,.0f} kB, to be opened in a browser")
     if figures:
         print(f"{figures[0].parent}: {', '.join(file.name for file in figures)}")
 

@@ -53,23 +53,31 @@ def draw_figures(folder: Path, shown: Sequence[Shown]) -> list[Path]:
 def _section(drawn: Sequence[Chart], shown: Sequence[Shown]) -> Figure:
     columns = min(COLUMNS, len(drawn))
     rows = -(-len(drawn) // columns)
-    size = (4.6 * columns + 0.4, 3.2 * rows + (0.35 if len(shown) > 1 else 0.0))
+    width = 4.6 * columns + 0.4
+    side_by_side = _names_in_a_row(shown, width)
+    above = 0.1 + 0.25 * -(-len(shown) // side_by_side) if len(shown) > 1 else 0.0
+    size = (width, 3.2 * rows + above)
     figure, every = empty_panels(rows=rows, columns=columns, size=size, shared=False)
     for axes, chart in zip(every, drawn, strict=False):
         _chart(axes, chart, shown)
     for axes in every[len(drawn) :]:
         axes.set_visible(False)
     if len(shown) > 1:
-        _runs_above(figure, shown)
+        _runs_above(figure, shown, side_by_side)
     return figure
 
 
-def _runs_above(figure: Figure, shown: Sequence[Shown]) -> None:
+def _names_in_a_row(shown: Sequence[Shown], width: float) -> int:
+    """How many names of runs, each behind its line, fit side by side into `width` inches."""
+    longest = max(len(one.name) for one in shown)
+    return min(len(shown), max(1, int(width / (0.75 + 0.09 * longest))))
+
+
+def _runs_above(figure: Figure, shown: Sequence[Shown], columns: int) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=_colour(i), linestyle=_dash(i)) for i in range(len(shown))]
     names = [_plain(one.name) for one in shown]
-    columns = max(1, min(len(shown), 12 // (1 + max(map(len, names)) // 12)))
     figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False)
 
 
@@ -113,7 +121,7 @@ def _chart(axes: Axes, chart: Chart, shown: Sequence[Shown]) -> None:
     elif chart.least is not None and axes.get_ylim()[0] < chart.least + abs(max(values)):
         axes.set_ylim(bottom=min(chart.least, *values))
     if len(chart.lines) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, handlelength=3)  # room to see dashes in
 
 
 def _until(of: Curve, end: int | None) -> Curve:

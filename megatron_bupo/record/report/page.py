@@ -64,7 +64,9 @@ def _line(shown: Shown, names: Sequence[str]) -> dict[str, Any]:
         "runs": len(shown.runs),
         "steps": max((r["step"] + 1 for run in shown.runs for r in run.records), default=0),
         "phases": charts.phase_spans(shown),
-        "left": [r["step"] for run in shown.runs for r in run.records if r.get("guard/tripped")],
+        "left": [
+            r["step"] for run in shown.runs for r in run.records if r.get("guard/tripped") == 1
+        ],
         "clocks": {name: _column(of) for name, of in clocks.items() if of is not None},
         "columns": {
             name: _column(of) for name in names if charts.is_drawn(of := curve(shown, name))

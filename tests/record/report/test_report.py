@@ -142,6 +142,13 @@ def test_unusual_runs_are_drawn_without_a_warning(
     assert not [str(warning.message) for warning in recwarn]
 
 
+def test_the_names_of_many_runs_fit_above_a_narrow_figure(tmp_path: Path):
+    runs = [shown_run(f"{n}{'m' * 20}", records(("full", 2))) for n in range(12)]
+    _, *figures = write_report(tmp_path, each(runs))
+    (narrow,) = (figure for figure in figures if figure.name == "time.png")
+    assert np.min(imread(narrow)[:100, -3:]) == 1  # no name reaches the edge
+
+
 def test_seeds_of_a_group_are_one_line_with_intervals(tmp_path: Path):
     runs = [probed_run(f"bupo-{s}", *BUPO, settings={"seed": s}) for s in range(3)]
     report = data_of(page("t", grouped(runs)))
