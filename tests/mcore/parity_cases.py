@@ -103,7 +103,7 @@ CASES = [
         **DIST,
     ),
     _case("CP2, qwen3", QWEN3, 2, cp=2, fast=True),
-    _case("CP2 TP2 SP, qwen2 tied", QWEN2 | TIED, 4, cp=2, tp=2, sp=True, common=True),
+    _case("CP2 TP2 SP, qwen2 tied", QWEN2 | TIED, 4, cp=2, tp=2, sp=True),
     _case("CP2 PP2, llama", LLAMA, 4, cp=2, pp=2),
     _case("CP4, qwen3 tied", QWEN3 | TIED, 4, cp=4),
     _case("CP2 DP2 distributed optimizer, qwen3", QWEN3, 4, cp=2, dp=2, **DIST),

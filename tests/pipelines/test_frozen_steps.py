@@ -23,6 +23,7 @@ from examples import policy_gradient
 from megatron_bupo.mcore import cpu
 from megatron_bupo.pipelines import PhaseController, PhaseSchedule, attach
 from tests.ranks import run_ranks
+from tests.tiers import WIDE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,7 +187,12 @@ OVERLAPS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("overlap", "pp"), [("gradients", 2), ("parameters", 1), ("parameters, aligned", 2)]
+    ("overlap", "pp"),
+    [
+        ("gradients", 2),
+        ("parameters", 1),
+        pytest.param("parameters, aligned", 2, marks=WIDE),
+    ],
 )
 def test_exchanges_that_overlap_with_the_passes_change_no_bit(overlap: str, pp: int):
     plain = run_ranks(2 * pp, _after_a_switch, pp, {})
