@@ -8,8 +8,8 @@ beyond that at its peak is counted by torch's profiler, which sees every allocat
 made with the rates of `--gpu CPU`, whose layers are torch's own modules, as they are here.
 
 "process" is the operating system's word: by how much a rank's resident set has grown at most, from
-before its model is built. It is asked of larger models alone, beside whose tensors an interpreter's
-own allocations are small.
+before its model is built, less the same with a small model under the same settings: what remains
+are tensors, and not what an interpreter and its libraries take for themselves.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,8 +44,9 @@ HEAD = """\
 Written by `python tools/check_plan.py > examples/checked_plan.md`: planned / measured, in MB.
 Random Qwen3 models of 4 layers train an update in gloo ranks on a CPU; of a pipeline stage's ranks
 the fullest is shown. "passes" is the most that an update allocates beside what is held for good;
-"process", of the larger models, how far the resident set of a rank's process grew. The layers are
-torch's own modules, as everywhere on a CPU: those of Transformer Engine have not been measured.
+"process" is by how much more the resident set of a rank's process grew with a larger model than
+with a small one. The layers are torch's own modules, as everywhere on a CPU: those of Transformer
+Engine have not been measured.
 """
 TOLERATED = 0.10  # of what is measured
 RECOMPUTE = (
@@ -131,30 +133,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_case(name: str, folder: Path) -> list[Checked]:
     """The layout `name` of `CASES`, measured and planned."""
-    model = write_model(folder, name)
+    config, measured = measured_bytes(name, folder, large=name.startswith("large"))
+    plans = planned_bytes(config)
+    rows = [
+        Checked(name, stage, category, planned, measured[stage][category])
+        for stage, plan in enumerate(plans)
+        for category, planned in zip(CATEGORIES, plan, strict=True)
+    ]
+    if name.startswith("large"):
+        small, of_small = measured_bytes(name, folder, large=False)
+        for stage, (plan, less) in enumerate(zip(plans, planned_bytes(small), strict=True)):
+            grown = measured[stage][PROCESS] - of_small[stage][PROCESS]
+            rows.append(Checked(name, stage, PROCESS, sum(plan) - sum(less), grown))
+    return rows
+
+
+def measured_bytes(name: str, folder: Path, *, large: bool) -> tuple[Config, Any]:
+    """The settings of a case and, by stage and category, what its ranks held."""
+    model = write_model(folder, name, large=large)
     config = load_config(None, [f"model.path={model}", *SETTINGS, *CASES[name]])
-    layout = parallel_sizes(config, None)
-    out = folder / f"{name}.json"
+    out = folder / f"{name}_{large}.json"
     # In a process of its own: a single rank would leave threads behind, and forks want none
     process = multiprocessing.get_context("fork").Process(
-        target=run_ranks, args=(measure, layout.world, config, out)
+        target=run_ranks, args=(measure, parallel_sizes(config, None).world, config, out)
     )
     process.start()
     process.join()
     if process.exitcode:
         raise SystemExit(f"{name}: see above")
-    measured = json.loads(out.read_text())
-    rows = [
-        Checked(name, stage, category, planned, measured[stage][category])
-        for stage, plan in enumerate(planned_bytes(config))
-        for category, planned in zip(CATEGORIES, plan, strict=True)
-    ]
-    if name.startswith("large"):
-        rows += [
-            Checked(name, stage, PROCESS, sum(plan), measured[stage][PROCESS])
-            for stage, plan in enumerate(planned_bytes(config))
-        ]
-    return rows
+    return config, json.loads(out.read_text())
 
 
 def planned_bytes(config: Config) -> list[tuple[float, ...]]:
@@ -176,16 +183,12 @@ def actor_of(config: Config) -> tuple[Actor, int]:
     return whole.of_phase(depth), depth
 
 
-def write_model(folder: Path, case: str) -> Path:
+def write_model(folder: Path, case: str, *, large: bool) -> Path:
     """A random Qwen3 for a case, whose layers are large beside the bookkeeping of tensors."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    experts, tied, large = (
-        case.startswith("experts"),
-        case.endswith("tied"),
-        case.startswith("large"),
-    )
+    experts, tied = case.startswith("experts"), case.endswith("tied")
     path = folder / f"experts_{experts}_tied_{tied}_large_{large}"
     if path.exists():
         return path

@@ -124,7 +124,10 @@ class TokenBytes:
         arch, b = self.arch, self.number
         queries, keys = attention_sizes(arch, self.layout.tp)
         copies = 3 if self.plain else 2
-        saved = b * (copies * queries + 2 * keys + 4 * arch.head_dim)
+        seen = 1.0
+        if self.plain and self.layout.cp > 1:  # those of all ranks that a rank's two parts look at
+            seen = self.layout.cp + 0.5
+        saved = b * (copies * queries + 2 * seen * keys + 4 * arch.head_dim)
         if recomputed:
             saved -= b * queries
         if arch.qk_norm:
@@ -158,7 +161,10 @@ class TokenBytes:
         if experts is not None and has_experts(arch, layer):
             channels = experts.ffn_size / (self.layout.etp or self.layout.tp)
             width = self._expert_tokens(experts) * (arch.hidden_size / 2 + channels)
-        return 3 * b * width + 2 * self.hidden
+        gathered = 0.0
+        if self.plain and self.layout.cp > 1:  # keys and values of all ranks, and their gradients
+            gathered = 4 * b * self.layout.cp * attention_sizes(arch, self.layout.tp)[1]
+        return 3 * b * width + 2 * self.hidden + gathered
 
 
 def in_flight(stage: Stage, layout: Layout, count: int) -> float:
