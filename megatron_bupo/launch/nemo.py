@@ -90,12 +90,13 @@ def submitted(launch: Launch, roles: Sequence[Role], *, wait: bool) -> Iterator[
         try:
             with clouds.sent(launch, experiment.jobs[0].executor):
                 experiment.run(detach=not wait, tail_logs=wait)
-        except (Exception, SystemExit) as error:  # it exits where ssh lets nobody in
+        except (Exception, SystemExit) as error:
             shutil.rmtree(experiment._exp_dir, ignore_errors=True)
             _remove_empty(launch)
-            reason = f"does not take the job: {remote.said(error)}"
+            said = "ssh lets nobody in" if isinstance(error, SystemExit) else remote.said(error)
             way_out = "mend the cluster's file, or what the message names"
-            raise InputError(f"--on (kind={launch.cluster.kind})", reason, way_out) from error
+            where = f"--on (kind={launch.cluster.kind})"
+            raise InputError(where, f"does not take the job: {said}", way_out) from error
         experiment.detach = not wait  # of Kubernetes, too, where NeMo-Run would stay
         handle = experiment.jobs[0].handle
         yield Submitted(experiment._id, handle.rpartition("/")[2].rpartition("___")[2])
@@ -123,7 +124,9 @@ def _experiment(launch: Launch, roles: Sequence[Role]) -> Iterator[Any]:
         if len(roles) > 1:
             experiment.add(scripts, executor=executors, name=name)
         else:
-            experiment.add(scripts[0], executor=executors[0], name=name)
+            # Lepton knows jobs by their names, of those that are over, too, and cuts them at 34
+            job = f"{name[:18]}-{stamp}" if launch.cluster.kind == "lepton" else name
+            experiment.add(scripts[0], executor=executors[0], name=job)
         yield experiment
 
 

@@ -5,9 +5,12 @@ one that `make install-launch` makes.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,17 +27,28 @@ def launch_python(*, needs: str = "nemo_run") -> str:
         python = sys.executable
     if python is None:
         pytest.skip(f"NeMo-Run is not installed: make install-launch, and name it in {VARIABLE}")
-    found = subprocess.run([python, "-c", f"import {needs}"], check=False, capture_output=True)
-    if found.returncode:
+    if not _imports(python, needs):
         pytest.skip(f"{python} has no {needs}")
     return python
 
 
-def launch(python: str, *words: object, cwd: Path = ROOT, timeout_s: float = 300) -> Done:
-    """`megatron-bupo WORDS` by `python`, to its end."""
+@cache  # it takes seconds
+def _imports(python: str, names: str) -> bool:
+    found = subprocess.run([python, "-c", f"import {names}"], check=False, capture_output=True)
+    return found.returncode == 0
+
+
+def launch(
+    python: str,
+    *words: object,
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = 300,
+) -> Done:
+    """`megatron-bupo WORDS` by `python`, to its end, with the variables `env` beside ours."""
     done = subprocess.run(
         [python, "-m", "megatron_bupo", *map(str, words)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
         cwd=cwd,
         check=False,
         capture_output=True,
@@ -42,3 +56,19 @@ def launch(python: str, *words: object, cwd: Path = ROOT, timeout_s: float = 300
         timeout=timeout_s,
     )
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def kubeconfig(folder: Path, address: str) -> dict[str, str]:
+    """Variables by which a Kubernetes at `address` is found, by a user called me."""
+    folder.mkdir()
+    path, names = folder / "kubeconfig", {"cluster": "here", "user": "me"}
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "contexts": [{"name": "here", "context": names}],
+        "clusters": [{"name": "here", "cluster": {"server": address}}],
+        "users": [{"name": "me", "user": {"token": "secret"}}],
+    }
+    path.write_text(json.dumps(config))
+    return {"KUBECONFIG": str(path), "LOGNAME": "me"}

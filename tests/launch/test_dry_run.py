@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import launch, launch_python
+from tests.launch.launching import kubeconfig, launch, launch_python
 from tests.runs import ROOT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -23,7 +23,11 @@ CASES = {
         *("servers.count=2", "sglang.tp_size=8", "sync.mode=ipc"),
     ],
     "skypilot": ["--on", "skypilot", "--nodes", "2", "run_dir=/bucket/demo"],
+    "kubernetes": ["--on", "kubernetes", "--nodes", "2", "run_dir=/bupo/demo"],
+    "lepton": ["--on", "lepton", "--nodes", "2", "run_dir=/nemo-workspace/demo"],
 }
+NEEDS = {"skypilot": "sky", "kubernetes": "kubernetes"}  # of a launch's environment
+CLOUDS = ("skypilot", "kubernetes", "lepton")
 
 
 def normalised(text: str, python: str, folder: Path) -> str:
@@ -35,11 +39,14 @@ def normalised(text: str, python: str, folder: Path) -> str:
 
 @pytest.mark.slow  # NeMo-Run takes seconds to import
 @pytest.mark.parametrize("name", CASES)
-def test_what_would_be_submitted_is_what_was_agreed_on(name: str, tmp_path: Path):
-    python = launch_python(needs="sky" if name == "skypilot" else "nemo_run")
-    where = [] if name == "skypilot" else [f"run_dir={tmp_path / 'demo'}"]
+def test_what_would_be_submitted_is_what_was_agreed_on(
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    python = launch_python(needs=NEEDS.get(name, "nemo_run"))
+    where = [] if name in CLOUDS else [f"run_dir={tmp_path / 'demo'}"]
     recipe = ROOT / "conf" / "demo.yaml"
-    done = launch(python, "launch", recipe, "--dry-run", *CASES[name], *where)
+    env = kubeconfig(tmp_path_factory.mktemp("home") / "kube", "http://127.0.0.1:1")
+    done = launch(python, "launch", recipe, "--dry-run", *CASES[name], *where, env=env)
     assert done.code == 0, done.err
     text, golden = normalised(done.out, python, tmp_path), GOLDEN / f"{name}.txt"
     if os.environ.get("BUPO_WRITE_GOLDEN"):
