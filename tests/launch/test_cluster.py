@@ -54,6 +54,7 @@ def test_shipped_clusters_are_read(name: str):
         ("- kind: local", "FILE: is not a mapping of settings; "),
         ("kind: [", "FILE: is not valid YAML: "),
         ("kind: {a: b}", "kind={'a': 'b'} (FILE): "),
+        ("kind: slurm\nport: 65536", "port=65536 (FILE): is no port; "),
         ("kind: slurm\nprocesses_per_node: 0", "processes_per_node=0 (FILE): is less than 1; "),
     ],
 )
@@ -63,6 +64,13 @@ def test_mistakes_in_a_cluster_are_named(tmp_path: Path, text: str, error: str):
     with pytest.raises(InputError) as caught:
         load_cluster(str(path))
     assert str(caught.value).startswith(error.replace("FILE", str(path)))
+
+
+def test_numbers_in_the_environment_are_text(tmp_path: Path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("kind: slurm\nenv: {A: 1, B: true, C: 1.5}\ntime: 60")
+    cluster = load_cluster(str(path))
+    assert (cluster.env, cluster.time) == ({"A": "1", "B": "true", "C": "1.5"}, "60")
 
 
 def test_an_unknown_cluster_is_answered_with_the_nearest():
