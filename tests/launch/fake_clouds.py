@@ -98,7 +98,7 @@ def cloud() -> Iterator[Cloud]:
 
         do_GET = do_POST = do_DELETE = do_PATCH = _any
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             """Say nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
