@@ -141,7 +141,7 @@ def test_json_has_all_that_the_tables_show(capsys: pytest.CaptureFixture[str]):
     ("was", "now", "said"),
     [
         ("matmul: 0.85", "matmul: 60", "efficiency.matmul=60"),
-        ("matmul: 0.80", "matmul: 1.2", "H100.matmul=1.2 must be a share of 1"),
+        ("matmul: 0.80", "matmul: 1.2", "H100.matmul=1.2: must be a share of 1"),
         ("gpus: 8", "gpus: none", "node.gpus=none"),
         ("  link: 0.7", "  links: 0.7", "link, links"),
         ("gpus:\n", "gpu:\n", "knows no GPU"),
