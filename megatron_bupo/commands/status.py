@@ -40,8 +40,12 @@ def _state(launched: record.Launched, run_dir: Path) -> str:
 def _progress(run_dir: Path) -> Iterator[str]:
     """How far it has come, by what it has written."""
     if steps := whole_lines(run_dir / FILE):
-        last = json.loads(steps[-1])
-        yield f"steps       {last['step'] + 1} done, {last.get('time/step_s', 0):.1f} s the last"
+        try:
+            last = json.loads(steps[-1])
+            took = f"{last.get('time/step_s', 0):.1f} s the last"
+            yield f"steps       {last['step'] + 1} done, {took}"
+        except (ValueError, LookupError, TypeError, AttributeError):
+            yield f"steps       the last line of {run_dir / FILE} is damaged"
     if checkpoints := whole_checkpoints(run_dir):
         yield f"checkpoint  {checkpoints[-1][1]}"
     ranks = len(list((run_dir / "ranks").glob("rank-*.json")))

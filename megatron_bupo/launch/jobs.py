@@ -171,9 +171,10 @@ def _process(run_dir: Path) -> int | None:
 
 def _node(run_dir: Path) -> dict[str, int | None]:
     try:
-        return json.loads(node_file(run_dir).read_text())
+        found = json.loads(node_file(run_dir).read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _executor(launched: Launched, run_dir: Path) -> Any:
