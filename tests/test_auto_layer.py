@@ -11,7 +11,7 @@ import yaml
 from megatron_bupo.auto_layer import chosen_before
 from megatron_bupo.config import load_config
 from megatron_bupo.errors import InputError
-from tests.runs import Bed, Done, metrics, run, run_python
+from tests.runs import Bed, Done, metrics, run, run_as_ranks
 
 AUTO = "bupo.target_layer=auto"
 
@@ -48,12 +48,9 @@ def test_a_run_trains_the_layer_that_its_analysis_recommends_and_keeps_it(bed: B
 def test_ranks_of_torchrun_analyze_and_then_train_as_if_they_had_been_told(
     bed: Bed, tmp_path: Path
 ):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     auto = [AUTO, "bupo.auto_prompts=3", "steps=2"]
-    done = run_python(
-        *torchrun, "-m", "megatron_bupo", "train", *bed.settings(tmp_path / "auto", *auto)
-    )
-    assert done.code == 0, done.err
+    for done in run_as_ranks(2, "train", *bed.settings(tmp_path / "auto", *auto)):
+        assert done.code == 0, done.err
     analysis = json.loads((tmp_path / "auto" / "analysis" / "analysis.json").read_text())
     told = f"bupo.target_layer={analysis['recommendation']['target_layer']}"
     assert bed.train(tmp_path / "told", told, "steps=2") == metrics(tmp_path / "auto")

@@ -88,6 +88,7 @@ def test_planning_tokens_learn_more_in_the_steps_that_are_asked_for(
     bed: Bed, grams: Path, tmp_path: Path, form: str, phases: str, on: set[int]
 ):
     more = [f"hicra.grams={grams}", f"hicra.form={form}", f"hicra.phases={phases}"]
+    more.append("parallel.pp=2" if form == "paper" else "parallel.pp=1")
     bed.train(tmp_path, *QUIET, *more, f"hicra.from_step={min(on)}")
     some = 0
     for step, (lines, known) in enumerate(zip(steps_of(tmp_path), metrics(tmp_path), strict=True)):
