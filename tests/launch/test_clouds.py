@@ -15,7 +15,8 @@ from tests.launch.fake_clouds import Cloud, cloud, lepton_status
 from tests.launch.launching import kubeconfig, launch, launch_python
 from tests.runs import ROOT, Done
 
-pytestmark = pytest.mark.slow  # NeMo-Run takes seconds to import
+# NeMo-Run takes seconds to import, on a busy machine half a minute, for each command
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 KUBECTL = """#!/bin/bash
 case $1 in
