@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,9 +16,6 @@ from megatron_bupo.errors import InputError
 from megatron_bupo.pipelines import slime
 from tests.pipelines.tiny_gpt import LAYERS, known_gpt, tiny_gpt
 from tests.ranks import RankError, run_ranks
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def _args(**settings: Any) -> Namespace:
@@ -107,3 +109,20 @@ def test_what_cannot_work_is_refused_before_there_is_a_model(settings: Any, name
 
 def test_the_full_policys_phase_may_correct_for_the_sampler():
     slime.check(_args(use_tis=True, start_rollout_id=2))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not {"SLIME_SOURCE", "MEGATRON_LM_SOURCE"} <= os.environ.keys() or sys.version_info < (3, 12),
+    reason="SLIME_SOURCE and MEGATRON_LM_SOURCE name no checkouts, or Python is too old for them",
+)
+def test_slimes_own_passes_are_of_the_phases_policy():
+    root = Path(__file__).parents[2]
+    path = f"{root}:{os.environ['SLIME_SOURCE']}:{os.environ['MEGATRON_LM_SOURCE']}"
+    command = [sys.executable, str(root / "tests" / "pipelines" / "slime_for_real.py")]
+    ran = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert max(found["old"], found["new against old"], found["then"]) < 1e-6
+    assert found["moved"] == ["0", "1", "ends"]
