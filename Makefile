@@ -12,9 +12,10 @@ LAUNCH_VENV ?= .venv-launch
 
 BRIDGE_VENV ?= .venv-bridge
 
-# Tests run side by side in this many processes, files whole and in order: those of the actor, which
-# fork ranks, before those that leave connections to servers behind.
-WORKERS ?= 2
+# Tests run side by side in this many processes (for two cores: a third of their time they wait),
+# files whole and in order: those of the actor, which fork ranks, before those that leave
+# connections to servers behind.
+WORKERS ?= 3
 SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin

@@ -10,12 +10,15 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bupo.arguments import parser
 from megatron_bupo.errors import BAD_INPUT, TRY_AGAIN, InputError, Preempted, RunStopped
 from megatron_bupo.launch.local import RankFailed, Terminated
+
+HEARD_S = 10.0  # for the rank that speaks for its machine to say what is wrong
 
 COMMANDS = {  # name -> module with `run(args)`, imported when it is the one that was asked for
     "train": "megatron_bupo.commands.train",
@@ -57,8 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ended(code: int, *lines: str) -> int:
-    """`code`, after telling why."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine, not per rank
+    """`code`, after telling why: once per machine, not per rank."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if code == BAD_INPUT and not first:
+        time.sleep(HEARD_S)  # torchrun ends all ranks with the first that ends
+    if first or code == BAD_INPUT:
         for line in lines:
             print(line, file=sys.stderr)
     return code

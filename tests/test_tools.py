@@ -150,6 +150,7 @@ def test_the_cpu_shim_is_compared_with_a_function_mode_and_with_transformers(
         assert row["ratio"][MODE] == pytest.approx(row["ms"][MODE] / row["ms"][NAMES])
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 def test_a_step_is_taken_apart_under_each_layout_in_each_phase(tmp_path: Path, bed: Path):
     from tools.bench_step import LAYOUTS, PARTS, main
@@ -185,6 +186,7 @@ def test_throughput_counts_the_models_own_operations(tmp_path: Path):
     assert 2 * a_layer * tokens < per_layer < 2.1 * a_layer * tokens  # attention is the rest
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 def test_first_updates_after_the_switch_are_as_large_as_on_paper(tmp_path: Path, bed: Path):
     from tools.plot_optimizer_switch import CHOICES, main

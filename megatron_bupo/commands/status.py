@@ -21,7 +21,7 @@ def run(args: Namespace) -> None:
     jobs.bring(launched, run_dir)
     where = f"{launched.nodes} x {launched.processes_per_node} ranks"
     if launched.server_nodes:
-        where += f", {launched.server_nodes} nodes of servers"
+        where += f", servers on {launched.server_nodes} more"
     print(f"job         {launched.job} ({launched.kind}), {where}, launched {launched.at}")
     print(f"recipe      {' '.join([launched.recipe, *launched.overrides])}")
     print(f"code        {launched.code}")

@@ -24,9 +24,17 @@ LOOK_S = 1.0
 HEALTH_TIMEOUT_S = 30.0
 
 
-def node_rank() -> int:
-    """Which of the nodes is this?"""
-    return next((int(os.environ[name]) for name in NODE_RANK if os.environ.get(name)), 0)
+def node_rank(nodes: int = 1) -> int:
+    """Which of the `nodes` is this?
+
+    Raises:
+        InputError: there are several, and nobody says.
+    """
+    found = next((int(os.environ[name]) for name in NODE_RANK if os.environ.get(name)), None)
+    if found is None and nodes > 1:
+        reason = f"is not set, nor is what a scheduler sets, on one of {nodes} nodes"
+        raise InputError("NODE_RANK", reason, "set it to 0 on the first of them, then to 1, ...")
+    return found or 0
 
 
 def first_node() -> str | None:

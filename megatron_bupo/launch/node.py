@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _be_node(config: Config, args: argparse.Namespace, settings: Sequence[str]) -> int:
     """Start what belongs to this node, and wait until its ranks have ended."""
     run_dir = Path(expand(config.run_dir)).absolute()
-    share = (args.beside + args.nodes - 1 - node_rank()) // args.nodes
+    share = (args.beside + args.nodes - 1 - node_rank(args.nodes)) // args.nodes
     first_gpu = 0 if config.rollout.colocated else args.processes
     with beside(config, share, first_gpu=first_gpu) as look:
         if count := args.servers + args.beside:

@@ -17,7 +17,7 @@ import pytest
 
 from megatron_bupo.config.schema import ServersConfig
 from megatron_bupo.errors import InputError
-from megatron_bupo.launch.addresses import publish, wait_for
+from megatron_bupo.launch.addresses import NODE_RANK, node_rank, publish, wait_for
 from megatron_bupo.launch.folder import START, address_dir
 from megatron_bupo.rollout.processes import free_port, own_address
 from tests.rollout.fake import FAKE
@@ -44,6 +44,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 def test_a_trainer_finds_the_servers_of_another_node(bed: Bed, recipe: Path, tmp_path: Path):
     run_dir = tmp_path / "run"
@@ -169,6 +170,16 @@ def test_addresses_are_those_of_this_start(tmp_path: Path, monkeypatch: pytest.M
             wait_for(tmp_path, 3, settings, look=lambda: looks.append(1))
         server.shutdown()
     assert looks
+
+
+def test_a_node_that_nobody_has_numbered_is_the_only_one(monkeypatch: pytest.MonkeyPatch):
+    for name in NODE_RANK:
+        monkeypatch.delenv(name, raising=False)
+    assert node_rank() == 0
+    with pytest.raises(InputError, match=r"^NODE_RANK: is not set, nor is .*, on one of 2 nodes"):
+        node_rank(2)
+    monkeypatch.setenv("SKYPILOT_NODE_RANK", "1")
+    assert node_rank(2) == 1
 
 
 def test_an_address_is_one_that_the_other_node_reaches():
