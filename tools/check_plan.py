@@ -14,7 +14,6 @@ are tensors, and not what an interpreter and its libraries take for themselves.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import sys
@@ -36,6 +35,7 @@ from megatron_bupo.planner.counts import stage_parameters
 from megatron_bupo.planner.hardware import read_hardware
 from megatron_bupo.planner.memory import Actor, passes, static_bytes
 from megatron_bupo.planner.workload import workload_of
+from tools import options
 from tools.rank_memory import CATEGORIES, PROCESS, PROMPT, RESPONSE, RESPONSES, measure
 
 HEAD = """\
@@ -117,10 +117,10 @@ class Checked:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure the cases, tell, and say whether any is off by more than is tolerated."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser = options.parser(__doc__)
     parser.add_argument("--only", metavar="CASE", action="append", help="one of the cases")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # forked ranks would wait for threads that stay here
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.only or CASES:
