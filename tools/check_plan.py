@@ -59,6 +59,9 @@ SELECTIVE = ("megatron.recompute_granularity=selective",)
 INTERNAL = ("bupo.target_layer=2", "bupo.internal_steps=1")
 LARGE = ("trainer.max_tokens_per_microbatch=2048", "trainer.logprob_chunk_tokens=512")
 SHARDED = "parallel.distributed_optimizer=true"
+BALANCED = (
+    "megatron.moe_router_force_load_balancing=true"  # as a plan has it; random routers are not
+)
 CASES: dict[str, tuple[str, ...]] = {
     "one rank": (),
     "one rank, bf16": ("model.dtype=bfloat16",),
@@ -79,10 +82,13 @@ CASES: dict[str, tuple[str, ...]] = {
     "tp 2 x pp 2, sp": ("parallel.tp=2", "parallel.pp=2", "parallel.sp=true"),
     "dp 2, sharded": ("parallel.dp=2", SHARDED),
     "dp 2, sharded, bf16": ("parallel.dp=2", SHARDED, "model.dtype=bfloat16"),
-    "experts, one rank": (),
-    "experts, ep 2": ("parallel.dp=2", "parallel.ep=2"),
-    "experts, ep 2, sharded": ("parallel.dp=2", "parallel.ep=2", SHARDED),
-    "experts, tp 2, ep 2": ("parallel.tp=2", "parallel.sp=true", "parallel.ep=2", "parallel.etp=1"),
+    "experts, one rank": (BALANCED,),
+    "experts, ep 2": (BALANCED, "parallel.dp=2", "parallel.ep=2"),
+    "experts, ep 2, sharded": (BALANCED, "parallel.dp=2", "parallel.ep=2", SHARDED),
+    "experts, tp 2, ep 2": (
+        *(BALANCED, "parallel.tp=2", "parallel.sp=true"),
+        *("parallel.ep=2", "parallel.etp=1"),
+    ),
     "large": LARGE,
     "large, tp 2 x pp 2, sp": (*LARGE, "parallel.tp=2", "parallel.pp=2", "parallel.sp=true"),
     "large, dp 2, sharded, bf16": (*LARGE, "parallel.dp=2", SHARDED, "model.dtype=bfloat16"),
