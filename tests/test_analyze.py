@@ -110,6 +110,7 @@ def test_a_killed_analysis_goes_on_to_the_same_bits(tmp_path: Path, model: Path,
     out = tmp_path / "out"
     out.mkdir()
     (out / ".state.json.partial").write_text("{")  # killed before it had begun
+    (out / "ranks").mkdir()  # of a rank that was ahead
     analyze(model, out, "--responses", responses)
     results = [out / "analysis.json", out / "figures" / "entropy_flow.pdf"]
     whole = [path.read_bytes() for path in results]

@@ -43,6 +43,7 @@ from megatron_bupo.launch.local import (
 from megatron_bupo.launch.lock import FILE as LOCK
 from megatron_bupo.launch.lock import hold
 from megatron_bupo.preflight import Preflight, check_model, check_vocabulary
+from megatron_bupo.record.heartbeat import FOLDER as RANKS
 from megatron_bupo.rollout.reading import check_prompt
 from megatron_bupo.types import Prompt
 
@@ -254,7 +255,8 @@ def _check_out(out: Path) -> None:
         raise InputError(where, "is not a directory", "choose another one")
     if not out.exists() or (out / STATE).exists():
         return
-    ours = {LOCK, partial_path(out / STATE).name}  # what a kill leaves at the very beginning
+    # What a kill leaves at the very beginning, or a rank of torchrun's that is ahead of this one
+    ours = {LOCK, RANKS, partial_path(out / STATE).name}
     if others := sorted({path.name for path in out.iterdir()} - ours):
         reason = f"holds {others[0]}, and no analysis"
         raise InputError(where, reason, "choose a directory that is new or empty")

@@ -36,12 +36,13 @@ from megatron_bupo.record.stall import RankState, report
 
 MAX_TICK_S, MAX_PERIOD_S = 1.0, 10.0
 WRITES_PER_STALL = 20  # in `stall_s`, at least; a rank that misses half of them is silent
+FOLDER = "ranks"
 OURS = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def state_file(run_dir: Path, rank: int) -> Path:
     """What `rank` writes down."""
-    return run_dir / "ranks" / f"rank-{rank:05d}.json"
+    return run_dir / FOLDER / f"rank-{rank:05d}.json"
 
 
 def heartbeat(run_dir: Path, world: int, stall_s: float) -> AbstractContextManager[object]:
