@@ -271,6 +271,7 @@ def test_internal_layout_tells_what_either_way_takes(tmp_path: Path):
 FAKE_SERVER = [f"--python={sys.executable}", f"servers.env.PYTHONPATH={FAKE}"]
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 def test_a_weight_sync_moves_what_a_dumber_count_finds(tmp_path: Path):
     from tools.bench_weight_sync import main
