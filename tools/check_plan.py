@@ -1,6 +1,6 @@
 """Is a plan true? Real trainers on forked ranks, their memory counted, beside what was planned.
 
-    python tools/check_plan.py > examples/checked_plan.md
+    python tools/check_plan.py
 
 A random model trains one update under each layout on this machine's CPU. What its ranks hold is
 added up tensor by tensor: parameters, gradient buffers, optimizer states. What an update allocates
@@ -41,7 +41,7 @@ from tools.rank_memory import CATEGORIES, PROCESS, PROMPT, RESPONSE, RESPONSES, 
 HEAD = """\
 # Plans beside the memory of real ranks
 
-Written by `python tools/check_plan.py > examples/checked_plan.md`: planned / measured, in MB.
+Written by `python tools/check_plan.py`: planned / measured, in MB.
 Random Qwen3 models of 4 layers train an update in gloo ranks on a CPU; of a pipeline stage's ranks
 the fullest is shown. "passes" is the most that an update allocates beside what is held for good;
 "process" is by how much more the resident set of a rank's process grew with a larger model than
